@@ -1,0 +1,146 @@
+import random
+
+import albumentations as A
+import numpy as np
+import pytest
+import torch
+from albumentations.pytorch import ToTensorV2
+from scipy import stats
+
+import transforms
+from transforms import Draws, denormalize, train_transform, vectorize
+
+PIPELINES = {
+    "default": train_transform(),
+    "everything": train_transform(grayscale=0.5, cutout=16),
+    "no crop": train_transform(padding=0),
+    "only normalise": transforms.test_transform(),
+    "black border": A.Compose([
+        A.PadIfNeeded(41, 40, border_mode=0, fill=(9, 0, 200)), A.RandomCrop(32, 32),
+        A.CoarseDropout((1, 1), (5, 5), (9, 9), fill=7, p=0.5), A.Normalize(), ToTensorV2(),
+    ]),
+}
+
+
+def run_per_sample(compose, image, seed):
+    """One image through Albumentations, and the decisions that it took."""
+    compose.set_random_state(np.random.default_rng(seed), random.Random(seed))
+    compose.save_applied_params = True
+    result = compose(image=image)
+    applied = {name.split(".")[-1]: params for name, params in result["applied_transforms"]}
+    left, top = applied["RandomCrop"]["crop_coords"][:2] if "RandomCrop" in applied else (0, 0)
+    hole = applied["CoarseDropout"]["holes"][0] if "CoarseDropout" in applied else (0, 0, 0, 0)
+    decisions = (top, left, "HorizontalFlip" in applied, "ToGray" in applied,
+                 "CoarseDropout" in applied, hole[1], hole[0])
+    return result["image"], decisions
+
+
+def run_many(compose, images):
+    """Every image through Albumentations: tensors and draws."""
+    outputs, decisions = zip(*(run_per_sample(compose, x, i) for i, x in enumerate(images)), strict=True)
+    return torch.stack(outputs), Draws(*map(torch.as_tensor, zip(*decisions, strict=True)))
+
+
+@pytest.mark.parametrize("name", PIPELINES)
+def test_same_draws_give_the_same_pixels_per_sample_and_per_batch(name, sample):
+    expected, draws = run_many(PIPELINES[name], sample.images)
+    program, reason = vectorize(PIPELINES[name])
+    assert reason == ""
+    batch = program(program.prepare(sample.images), torch.arange(len(sample)), draws)
+    torch.testing.assert_close(batch, expected, rtol=0, atol=2e-6)
+
+
+def counts(draws):
+    """How often each offset, flip and hole position came up."""
+    return {name: np.bincount(np.asarray(values, int)) for name, values in draws._asdict().items()}
+
+
+def test_both_forms_draw_offset_flip_and_hole_from_the_same_distribution(sample):
+    compose = train_transform()
+    program, _ = vectorize(compose)
+    store = program.prepare(sample.images)
+    images = np.repeat(sample.images[:1], 4000, axis=0)
+    per_sample = counts(run_many(compose, images)[1])
+    per_batch = counts(program.draw(np.random.default_rng(0), 4000, store))
+    for name, possible in {"top": 9, "left": 9, "flip": 2, "hole_top": 25, "hole_left": 25}.items():
+        for form in (per_sample, per_batch):
+            assert len(form[name]) == possible, name
+            assert stats.chisquare(form[name]).pvalue > 1e-3, name  # uniform, as the other is
+
+
+def test_every_pair_of_decisions_is_independent(sample):
+    program, _ = vectorize(train_transform(grayscale=0.5))
+    draws = program.draw(np.random.default_rng(1), 4000, program.prepare(sample.images))
+    halves = {
+        "top": draws.top > 4, "left": draws.left > 4, "flip": draws.flip, "gray": draws.gray,
+        "hole_top": draws.hole_top > 12, "hole_left": draws.hole_left > 12,
+    }
+    for first in halves:
+        for second in halves:
+            if first < second:
+                table = np.histogram2d(halves[first].int(), halves[second].int(), bins=2)[0]
+                assert stats.chi2_contingency(table).pvalue > 1e-3, (first, second)
+
+
+@pytest.mark.parametrize("side", [1, 8, 16])
+def test_cutout_erases_exactly_side_squared_pixels_in_the_mean_colour(side, sample):
+    program, _ = vectorize(train_transform(padding=0, flip=False, cutout=side))
+    white = np.full_like(sample.images, 255)
+    store = program.prepare(white)
+    draws = program.draw(np.random.default_rng(0), len(white), store)
+    pixels = denormalize(program(store, torch.arange(len(white)), draws))
+    erased = (pixels != 255).all(-1)
+    assert (erased.sum((1, 2)) == side * side).all()
+    assert (pixels[erased] == (125, 123, 114)).all()
+
+
+def test_cutout_reaches_every_corner(sample):
+    program, _ = vectorize(train_transform())
+    draws = program.draw(np.random.default_rng(0), 20_000, program.prepare(sample.images))
+    corners = set(zip(draws.hole_top.tolist(), draws.hole_left.tolist(), strict=True))
+    assert {(0, 0), (0, 24), (24, 0), (24, 24)} <= corners
+    assert max(map(max, corners)) == 24
+
+
+@pytest.mark.parametrize("options", [{"padding": 4}, {"flip": True}, {"cutout": 8}, {"grayscale": 1.0}])
+def test_each_augmentation_changes_pixels(options, sample):
+    nothing = {"padding": 0, "flip": False, "cutout": 0, "grayscale": 0.0}
+    compose = train_transform(**(nothing | options))
+    plain = transforms.normalize(sample.images)
+    changed = [
+        not torch.equal(run_per_sample(compose, image, seed)[0], plain[seed])
+        for seed, image in enumerate(sample.images[:40])
+    ]
+    assert sum(changed) > 10
+
+
+def test_denormalize_undoes_normalize(sample):
+    assert np.array_equal(denormalize(transforms.normalize(sample.images)), sample.images)
+
+
+def test_normalised_batches_are_channels_last(sample):
+    assert transforms.normalize(sample.images).is_contiguous(memory_format=torch.channels_last)
+
+
+END = [A.Normalize(), ToTensorV2()]
+
+
+@pytest.mark.parametrize(("steps", "reason"), [
+    ([A.Rotate(), *END], "Rotate is unknown or out of order"),
+    ([A.HorizontalFlip(), A.RandomCrop(8, 8), *END], "RandomCrop is unknown or out of order"),
+    ([A.HorizontalFlip(), A.HorizontalFlip(), *END], "HorizontalFlip is unknown or out of order"),
+    ([A.CoarseDropout((1, 2), (8, 8), (8, 8)), *END], "CoarseDropout has arguments"),
+    ([A.CoarseDropout((1, 1), (4, 8), (8, 8)), *END], "CoarseDropout has arguments"),
+    ([A.RandomCrop(8, 8, p=0.5), *END], "RandomCrop has arguments"),
+    ([A.ToGray(method="max"), *END], "ToGray has arguments"),
+    ([A.PadIfNeeded(40, 40, position="top_left"), *END], "PadIfNeeded has arguments"),
+    ([A.Normalize(normalization="image"), ToTensorV2()], "Normalize has arguments"),
+    ([A.HorizontalFlip()], "does not end in Normalize"),
+])
+def test_an_unknown_pipeline_has_no_batch_program_but_a_reason(steps, reason):
+    program, found = vectorize(A.Compose(steps))
+    assert program is None and reason in found
+
+
+def test_a_pipeline_that_runs_sometimes_has_no_batch_program():
+    assert vectorize(A.Compose(END, p=0.5)) == (None, "the pipeline has p=0.5, and a batch runs it always")

@@ -1,0 +1,291 @@
+"""Augmentation and normalisation, written once in Albumentations and run per sample or per batch."""
+
+import os
+from typing import NamedTuple
+
+os.environ.setdefault("NO_ALBUMENTATIONS_UPDATE", "1")  # else its import asks the network for news
+
+import albumentations as A
+import cv2
+import numpy as np
+import torch
+from albumentations.pytorch import ToTensorV2
+from torch import Tensor
+
+# Per channel over all 50,000 x 32 x 32 training pixels, in [0, 1]; `data.statistics` recomputes them.
+# The common 0.2023, 0.1994, 0.2010 is the mean of each image's own deviation: another quantity.
+CIFAR10_MEAN = (0.49139968, 0.48215841, 0.44653091)
+CIFAR10_STD = (0.24703223, 0.24348513, 0.26158784)
+
+# numpy's names for the borders a batch can be padded with.
+_BORDERS = {cv2.BORDER_CONSTANT: "constant", cv2.BORDER_REFLECT_101: "reflect"}
+
+
+def train_transform(
+    mean: tuple[float, ...] = CIFAR10_MEAN,
+    std: tuple[float, ...] = CIFAR10_STD,
+    *,
+    size: int = 32,
+    padding: int = 4,
+    flip: bool = True,
+    cutout: int = 8,
+    grayscale: float = 0.0,
+) -> A.Compose:
+    """Pad and crop at random, mirror, turn grey, cut a square out, normalise.
+
+    Args:
+        mean, std: per channel, of pixels in [0, 1].
+        size: side of the square images, pixels.
+        padding: reflected border before the crop, pixels; 0 turns the crop off.
+        flip: mirror left and right with probability 1/2.
+        cutout: side of the erased square, pixels, wholly inside the image and filled with the mean
+            colour; 0 turns it off. DeVries & Taylor (arXiv:1708.04552) let it overhang the border.
+        grayscale: probability of turning an image grey.
+
+    Returns:
+        Takes `image=` uint8 (H, W, 3), gives `["image"]` float (3, H, W).
+    """
+    steps = []
+    if padding:
+        side = size + 2 * padding
+        steps.append(A.PadIfNeeded(side, side, border_mode=cv2.BORDER_REFLECT_101))
+        steps.append(A.RandomCrop(size, size))
+    if flip:
+        steps.append(A.HorizontalFlip(p=0.5))
+    if grayscale:
+        steps.append(A.ToGray(p=grayscale))
+    if cutout:
+        fill = tuple(round(255 * channel) for channel in mean)  # before Normalize: 0 to 255
+        steps.append(
+            A.CoarseDropout(
+                num_holes_range=(1, 1),
+                hole_height_range=(cutout, cutout),
+                hole_width_range=(cutout, cutout),
+                fill=fill,
+                p=1.0,
+            )
+        )
+    return A.Compose([*steps, A.Normalize(mean, std), ToTensorV2()])
+
+
+def test_transform(
+    mean: tuple[float, ...] = CIFAR10_MEAN, std: tuple[float, ...] = CIFAR10_STD
+) -> A.Compose:
+    """Normalise: uint8 (H, W, 3) -> float (3, H, W)."""
+    return A.Compose([A.Normalize(mean, std), ToTensorV2()])
+
+
+def normalize(
+    images: np.ndarray, mean: tuple[float, ...] = CIFAR10_MEAN, std: tuple[float, ...] = CIFAR10_STD
+) -> Tensor:
+    """`test_transform` of many images at once: uint8 (N, H, W, 3) -> float (N, 3, H, W)."""
+    program = BatchProgram(tuple(mean), tuple(std))
+    store = program.prepare(images)
+    count = len(images)
+    return program(store, torch.arange(count), program.draw(np.random.default_rng(0), count, store))
+
+
+def denormalize(
+    images: Tensor, mean: tuple[float, ...] = CIFAR10_MEAN, std: tuple[float, ...] = CIFAR10_STD
+) -> np.ndarray:
+    """Undo the normalisation, for figures: float (N, C, H, W) -> uint8 (N, H, W, C)."""
+    pixels = images.detach().cpu().float().permute(0, 2, 3, 1)
+    pixels = (pixels * torch.tensor(std) + torch.tensor(mean)).mul(255).round().clamp(0, 255)
+    return pixels.byte().numpy()
+
+
+class Draws(NamedTuple):
+    """One random decision of each kind per image, each (N,): int64 offsets in pixels, bool yes or no."""
+
+    top: Tensor  # of the crop, in the padded image
+    left: Tensor
+    flip: Tensor
+    gray: Tensor
+    hole: Tensor
+    hole_top: Tensor  # in the cropped image
+    hole_left: Tensor
+
+    def at(self, positions: slice) -> "Draws":
+        """The decisions for some of the positions."""
+        return Draws(*(draw[positions] for draw in self))
+
+    def to(self, device: torch.device) -> "Draws":
+        """The decisions on another device."""
+        return Draws(*(draw.to(device) for draw in self))
+
+
+class BatchProgram(NamedTuple):
+    """A pipeline of known operations as one program over a batch, on the device that holds the data.
+
+    Pad, crop and flip are a single gather from images that were padded and mirrored once.
+    Measured against the same pipeline per sample: see `benchmarks/`.
+    """
+
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    pad: tuple[int, int] = (0, 0)  # least height and width before the crop
+    border: str = "reflect"
+    border_fill: tuple[float, ...] | float = 0
+    crop: tuple[int, int] | None = None  # height and width; None: the whole image
+    flip: float = 0.0  # probabilities
+    gray: float = 0.0
+    hole: float = 0.0
+    hole_size: tuple[int, int] = (0, 0)
+    hole_fill: tuple[float, ...] | float = 0
+
+    def prepare(self, images: np.ndarray) -> Tensor:
+        """uint8 (N, H, W, C) -> the padded images and, if the program flips, their mirror images.
+
+        Returns:
+            uint8 (N, 1 or 2, H', W', C), which `__call__` gathers from.
+        """
+        height, width = images.shape[1:3]
+        rows, columns = max(0, self.pad[0] - height), max(0, self.pad[1] - width)
+        # The odd pixel goes below and to the right, as Albumentations centres an image.
+        border = ((0, 0), (rows // 2, rows - rows // 2), (columns // 2, columns - columns // 2))
+        if rows or columns:
+            images = self._padded(images, border)
+        if self.flip:
+            return torch.from_numpy(np.stack([images, images[:, :, ::-1]], axis=1))
+        return torch.from_numpy(np.ascontiguousarray(images[:, None]))
+
+    def _padded(self, images: np.ndarray, border: tuple) -> np.ndarray:
+        if self.border == "reflect":
+            return np.pad(images, (*border, (0, 0)), mode="reflect")
+        fill = np.broadcast_to(self.border_fill, images.shape[-1])
+        channels = [
+            np.pad(images[..., c], border, constant_values=int(fill[c])) for c in range(len(fill))
+        ]
+        return np.stack(channels, axis=-1)
+
+    def draw(self, rng: np.random.Generator, count: int, store: Tensor) -> Draws:
+        """Decide for `count` images at once; the same generator gives the same decisions."""
+        height, width = store.shape[2:4]
+        crop_height, crop_width = self.crop or (height, width)
+        draws = (
+            rng.integers(0, height - crop_height, count, endpoint=True),
+            rng.integers(0, width - crop_width, count, endpoint=True),
+            rng.random(count) < self.flip,
+            rng.random(count) < self.gray,
+            rng.random(count) < self.hole,
+            rng.integers(0, crop_height - self.hole_size[0], count, endpoint=True),
+            rng.integers(0, crop_width - self.hole_size[1], count, endpoint=True),
+        )
+        return Draws(*(torch.from_numpy(draw) for draw in draws))
+
+    def __call__(self, store: Tensor, index: Tensor, draws: Draws) -> Tensor:
+        """Augment and normalise the images of `store` at `index`.
+
+        Args:
+            store: from `prepare`, on any device.
+            index: int64 (n,), which images.
+            draws: from `draw`, (n,) each, on the same device.
+
+        Returns:
+            float (n, C, h, w) in channels-last memory.
+        """
+        height, width = self.crop or store.shape[2:4]
+        # (N, mirrored, top, left, C, h, w): every window of every image, as a view.
+        windows = store.unfold(2, height, 1).unfold(3, width, 1)
+        windows = windows.permute(0, 1, 2, 3, 5, 6, 4)
+        # The crop comes before the flip: seen from the mirror image, its offset counts from the right.
+        left = torch.where(draws.flip, store.shape[3] - width - draws.left, draws.left)
+        images = windows[index, draws.flip.long(), draws.top, left]
+        if self.gray:
+            images = torch.where(draws.gray.view(-1, 1, 1, 1), to_gray(images), images)
+        if self.hole:
+            self._cut(images, draws)
+        mean = torch.tensor(self.mean, device=images.device) * 255
+        std = torch.tensor(self.std, device=images.device) * 255
+        return images.float().sub_(mean).mul_(1 / std).permute(0, 3, 1, 2)
+
+    def _cut(self, images: Tensor, draws: Draws) -> None:
+        """Fill each image's hole, in place."""
+        device = images.device
+        image = torch.arange(len(images), device=device).view(-1, 1, 1)
+        rows, columns = (torch.arange(side, device=device) for side in self.hole_size)
+        row = draws.hole_top.view(-1, 1, 1) + rows.view(1, -1, 1)
+        column = draws.hole_left.view(-1, 1, 1) + columns
+        fill = torch.tensor(self.hole_fill, device=device).to(images.dtype)
+        if self.hole < 1:
+            fill = torch.where(draws.hole.view(-1, 1, 1, 1), fill, images[image, row, column])
+        images[image, row, column] = fill
+
+
+def to_gray(images: Tensor) -> Tensor:
+    """uint8 RGB (N, H, W, 3) -> the same shape, grey, with OpenCV's fixed-point weights to the bit."""
+    red, green, blue = images.int().unbind(-1)
+    gray = (9798 * red + 19235 * green + 3735 * blue + (1 << 14)) >> 15
+    return gray.to(torch.uint8).unsqueeze(-1).expand_as(images)
+
+
+def vectorize(compose: A.Compose) -> tuple[BatchProgram | None, str]:
+    """Turn a pipeline into one program over a whole batch, with the same distribution.
+
+    Known are, in this order and each at most once: PadIfNeeded, RandomCrop, HorizontalFlip, ToGray,
+    CoarseDropout with one hole of fixed size, Normalize, ToTensorV2.
+
+    Returns:
+        The program and "", or None and the reason why the pipeline must run per sample.
+    """
+    if compose.p != 1:
+        return None, f"the pipeline has p={compose.p}, and a batch runs it always"
+    parts, order = {}, iter(_READERS.items())
+    for step in compose.transforms:
+        name = type(step).__name__
+        reader = next((read for kind, read in order if type(step) is kind), None)
+        if reader is None:
+            known = ", ".join(kind.__name__ for kind in _READERS)
+            return None, f"{name} is unknown or out of order; known in order: {known}"
+        part = reader(step)
+        if part is None:
+            return None, f"{name} has arguments that only the per-sample path knows"
+        parts |= part
+    if "mean" not in parts or type(compose.transforms[-1]) is not ToTensorV2:
+        return None, "the pipeline does not end in Normalize, ToTensorV2"
+    return BatchProgram(**parts), ""
+
+
+def _read_pad(step: A.PadIfNeeded) -> dict | None:
+    plain = step.p == 1 and step.position == "center" and step.border_mode in _BORDERS
+    if not plain or step.min_height is None or step.min_width is None:
+        return None
+    border = _BORDERS[step.border_mode]
+    return {"pad": (step.min_height, step.min_width), "border": border, "border_fill": step.fill}
+
+
+def _read_crop(step: A.RandomCrop) -> dict | None:
+    if step.p != 1 or step.pad_if_needed:
+        return None
+    return {"crop": (step.height, step.width)}
+
+
+def _read_gray(step: A.ToGray) -> dict | None:
+    if step.method != "weighted_average" or step.num_output_channels != 3:
+        return None
+    return {"gray": step.p}
+
+
+def _read_hole(step: A.CoarseDropout) -> dict | None:
+    sizes = (step.hole_height_range, step.hole_width_range)
+    fixed = all(low == high and isinstance(low, int) and low >= 1 for low, high in sizes)
+    if not fixed or tuple(step.num_holes_range) != (1, 1) or isinstance(step.fill, str):
+        return None
+    return {"hole": step.p, "hole_size": (sizes[0][0], sizes[1][0]), "hole_fill": step.fill}
+
+
+def _read_normalize(step: A.Normalize) -> dict | None:
+    if step.p != 1 or step.normalization != "standard" or step.max_pixel_value != 255:
+        return None
+    return {"mean": tuple(step.mean), "std": tuple(step.std)}
+
+
+_READERS = {
+    A.PadIfNeeded: _read_pad,
+    A.RandomCrop: _read_crop,
+    A.HorizontalFlip: lambda step: {"flip": step.p},
+    A.ToGray: _read_gray,
+    A.CoarseDropout: _read_hole,
+    A.Normalize: _read_normalize,
+    ToTensorV2: lambda step: {} if step.p == 1 else None,
+}
