@@ -1,0 +1,179 @@
+"""Describes one run completely and reads it from the command line."""
+
+import argparse
+import difflib
+import math
+import typing
+from dataclasses import dataclass, field, fields
+
+from models import MODELS
+
+CHOICES = {
+    "model": tuple(MODELS),
+    "dataset": ("cifar10", "cifar10-sample", "folder"),
+    "optimizer": ("adam", "adamw", "sgd"),
+    "scheduler": ("onecycle", "none"),
+    "lr_rule": ("steepest", "valley", "minimum_over_ten", "minimum"),
+    "precision": ("auto", "fp32", "bf16", "fp16"),
+}
+
+# A recipe is a diff from the defaults.
+RECIPES = {
+    # The exercise as written. 24 epochs.
+    "custom_resnet": {},
+    # 20 epochs.
+    "resnet18": {"model": "resnet18", "epochs": 20, "cutout": 16},
+    "resnet34": {"model": "resnet34", "epochs": 20, "cutout": 16},
+    # Full CIFAR-10 on a laptop.
+    "quick": {"width": 16, "epochs": 10},
+    # The sample in the repository: no network.
+    "demo": {"dataset": "cifar10-sample", "width": 16, "epochs": 40, "batch_size": 128},
+}
+
+
+def setting(default, help: str):
+    """A field with its one default and its one help text."""
+    return field(default=default, metadata={"help": help})
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """One run, completely: every field is a flag, every default is the exercise's.
+
+    Raises:
+        ValueError: a field is out of range; the message names the field, the value and what is allowed.
+    """
+
+    recipe: str = setting("custom_resnet", "named starting point that the other flags override")
+    model: str = setting("custom_resnet", "network")
+    width: int = setting(64, "channels of the network's first layer")
+    dropout: float = setting(0.0, "probability before the linear layer; custom_resnet only")
+    bias: bool = setting(False, "biases in the convolutions; custom_resnet only")
+    dataset: str = setting("cifar10", "what to train on")
+    data: str = setting("datasets", "folder that holds the dataset, or to download it to")
+    image_size: int = setting(32, "side that a folder's images are resized to, pixels")
+    val_split: float = setting(0.0, "fraction of the training images held out for validation")
+    epochs: int = setting(24, "passes over the training images")
+    batch_size: int = setting(512, "images per step")
+    optimizer: str = setting("adam", "update rule; sgd has Nesterov momentum 0.9")
+    weight_decay: float = setting(0.0, "L2 penalty; decoupled with adamw")
+    scheduler: str = setting("onecycle", "learning-rate schedule")
+    lr: float | None = setting(None, "peak learning rate; none: found by the range test")
+    lr_rule: str = setting("valley", "which suggestion of the range test to use")
+    peak_epoch: float = setting(5.0, "epoch at whose end the rate peaks")
+    label_smoothing: float = setting(0.0, "share of each target spread over all classes")
+    padding: int = setting(4, "reflected border before the random crop, pixels; 0: no crop")
+    flip: bool = setting(True, "mirror half of the images")
+    cutout: int = setting(8, "side of the erased square, pixels; 0: none")
+    grayscale: float = setting(0.0, "probability of turning an image grey")
+    workers: int = setting(0, "processes for per-sample augmentation; 0: whole batches on the device")
+    precision: str = setting("auto", "number format of the forward pass")
+    device: str = setting("auto", "cpu, cuda, cuda:1, mps; auto: the fastest there is")
+    seed: int = setting(0, "of weights, order and augmentation")
+    output: str | None = setting(None, "run folder; none: runs/RECIPE-TIME")
+    max_train_batches: int | None = setting(None, "training batches per epoch, for a smoke run")
+    max_test_batches: int | None = setting(None, "test batches per evaluation, for a smoke run")
+
+    def __post_init__(self):
+        _choose("recipe", self.recipe, RECIPES)
+        for name, choices in CHOICES.items():
+            _choose(name, getattr(self, name), choices)
+        for name, low, high in _RANGES:
+            _in_range(name, getattr(self, name), low, high)
+        if self.lr is not None and not (math.isfinite(self.lr) and self.lr > 0):
+            raise ValueError(f"lr must be positive and finite, not {self.lr}")
+        side = self.image_size
+        if self.cutout > side:
+            raise ValueError(f"cutout must be at most the image side, {side}, not {self.cutout}")
+        if self.padding >= side:
+            raise ValueError(f"padding must be under the image side, {side}, not {self.padding}")
+        if self.model != "custom_resnet" and (self.dropout or self.bias):
+            raise ValueError(f"dropout and bias are custom_resnet's; {self.model} has neither")
+        if self.dataset != "folder" and self.image_size != 32:
+            raise ValueError(f"image_size is the folder dataset's; {self.dataset} is 32 px")
+
+    @property
+    def model_options(self) -> dict:
+        """The keyword arguments of `make_model`."""
+        custom = {"dropout": self.dropout, "bias": self.bias} if self.model == "custom_resnet" else {}
+        return {"width": self.width, **custom}
+
+
+# Field, least and greatest value.
+_RANGES = (
+    ("width", 1, 1024),
+    ("dropout", 0, 0.99),
+    ("image_size", 8, 1024),
+    ("val_split", 0, 0.9),
+    ("epochs", 1, math.inf),
+    ("batch_size", 2, math.inf),  # one image alone has no batch statistics
+    ("weight_decay", 0, math.inf),
+    ("peak_epoch", 0, math.inf),
+    ("label_smoothing", 0, 0.99),
+    ("padding", 0, math.inf),
+    ("cutout", 0, math.inf),
+    ("grayscale", 0, 1),
+    ("workers", 0, 256),
+    ("seed", 0, 2**32 - 1),
+    ("max_train_batches", 1, math.inf),
+    ("max_test_batches", 1, math.inf),
+)
+
+
+def _choose(name: str, value: str, choices) -> None:
+    if value not in choices:
+        near = difflib.get_close_matches(str(value), choices, 1)
+        hint = f"; did you mean {near[0]}?" if near else ""
+        raise ValueError(f"unknown {name} {value!r}; choose from {', '.join(choices)}{hint}")
+
+
+def _in_range(name: str, value, low, high) -> None:
+    if value is None:
+        return
+    if not low <= value <= high:
+        upper = "" if high == math.inf else f" and at most {high}"
+        raise ValueError(f"{name} must be at least {low}{upper}, not {value}")
+
+
+def make_parser(prog: str, description: str) -> argparse.ArgumentParser:
+    """A parser whose errors are one line and exit code 2."""
+    parser = argparse.ArgumentParser(
+        prog=prog, description=description, allow_abbrev=False,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.error = lambda message: parser.exit(2, f"{prog}: {message}\n")
+    return parser
+
+
+def parse_config(argv: list[str], prog: str = "main.py", epilog: str = "") -> Config:
+    """Read a run from flags: the recipe's fields, then whatever the flags override.
+
+    Raises:
+        SystemExit: 2, after one line on stderr that names the flag and what is allowed.
+    """
+    parser = make_parser(prog, "Train a network and write its report.")
+    parser.epilog = epilog
+    types = typing.get_type_hints(Config)
+    for item in fields(Config):
+        add_flag(parser, item, types[item.name])
+    given = vars(parser.parse_args(argv))
+    try:
+        recipe = given.get("recipe", Config.recipe)
+        _choose("recipe", recipe, RECIPES)
+        return Config(**{**RECIPES[recipe], **given})
+    except ValueError as error:
+        parser.error(str(error))
+
+
+def add_flag(parser: argparse.ArgumentParser, item, kind: type) -> None:
+    """Turn a field of `Config` into a flag; a flag not given leaves no trace."""
+    flag = "--" + item.name.replace("_", "-")
+    help = f"{item.metadata['help']} (default: {item.default})".replace("%", "%%")
+    common = {"dest": item.name, "default": argparse.SUPPRESS, "help": help}
+    if kind is bool:
+        parser.add_argument(flag, action=argparse.BooleanOptionalAction, **common)
+        return
+    plain = next(k for k in (typing.get_args(kind) or (kind,)) if k is not type(None))
+    choices = CHOICES.get(item.name) or (RECIPES if item.name == "recipe" else None)
+    metavar = "{" + ",".join(choices) + "}" if choices else plain.__name__.upper()
+    parser.add_argument(flag, type=plain, metavar=metavar, **common)

