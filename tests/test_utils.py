@@ -1,0 +1,254 @@
+import copy
+import json
+import math
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
+
+import utils
+from config import Config
+from data import make_loader
+from main import make_optimizer
+from transforms import train_transform
+from utils import Epoch, History, Predictions, find_lr, one_cycle, suggest_lrs
+
+CPU = torch.device("cpu")
+
+# The schedule
+
+
+def rates(epochs, steps_per_epoch, max_lr=0.1, **options):
+    """The rate that each step of a run uses, and the one left behind after the last."""
+    optimizer = torch.optim.Adam([nn.Parameter(torch.zeros(1))])
+    scheduler = one_cycle(optimizer, max_lr, epochs=epochs, steps_per_epoch=steps_per_epoch, **options)
+    used = []
+    for _ in range(epochs * steps_per_epoch):
+        used.append(optimizer.param_groups[0]["lr"])
+        optimizer.step()
+        scheduler.step()
+    return np.array(used), optimizer.param_groups[0]["lr"]
+
+
+@pytest.mark.parametrize("epochs", [6, 10, 24])
+def test_the_rate_peaks_at_the_last_step_of_epoch_five(epochs):
+    used, _ = rates(epochs, 98)
+    assert used.argmax() == 5 * 98 - 1
+    assert used.max() == pytest.approx(0.1)
+
+
+@pytest.mark.parametrize("epochs", [1, 2, 3, 4, 5])
+def test_a_run_too_short_for_the_peak_peaks_early(epochs):
+    used, _ = rates(epochs, 98)
+    assert abs(used.argmax() - (0.3 * epochs * 98 - 1)) <= 1
+    assert used.max() == pytest.approx(0.1, rel=0.05)
+
+
+@pytest.mark.parametrize("epochs", [1, 2, 3, 5, 6, 24])
+@pytest.mark.parametrize("steps_per_epoch", [1, 2, 3, 10, 98])
+@pytest.mark.parametrize("peak_epoch", [0, 0.5, 1, 5, 24, 1000])
+def test_no_rate_is_ever_negative_and_none_rises_after_the_peak(epochs, steps_per_epoch, peak_epoch):
+    used, after = rates(epochs, steps_per_epoch, peak_epoch=peak_epoch)
+    every = [*used, after]
+    assert min(every) > 0 and max(every) <= 0.1 * (1 + 1e-9)
+    assert (np.diff(every[int(used.argmax()):]) < 0).all()
+
+
+def test_the_rate_starts_at_min_lr_is_linear_and_ends_at_a_hundredth_of_it():
+    used, after = rates(10, 50, min_lr=0.02)
+    assert used[0] == pytest.approx(0.02) and after == pytest.approx(0.0002)
+    up, down = used[: used.argmax() + 1], used[used.argmax():]
+    assert np.allclose(np.diff(up, 2), 0) and np.allclose(np.diff(down, 2), 0)
+
+
+def test_momentum_is_left_alone():
+    optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=1, momentum=0.9)
+    one_cycle(optimizer, 0.1, epochs=2, steps_per_epoch=5)
+    assert optimizer.param_groups[0]["momentum"] == 0.9
+
+
+@pytest.mark.parametrize("options", [
+    {"max_lr": -1}, {"max_lr": 0}, {"max_lr": math.nan}, {"max_lr": math.inf},
+    {"max_lr": 0.1, "min_lr": 0.2}, {"max_lr": 0.1, "min_lr": -0.1}, {"max_lr": 0.1, "epochs": 0},
+])
+def test_an_impossible_schedule_is_refused(options):
+    arguments = {"epochs": 2, "steps_per_epoch": 5} | options
+    with pytest.raises(ValueError, match=r"rates must be|a schedule needs a step"):
+        one_cycle(torch.optim.Adam([nn.Parameter(torch.zeros(1))]), **arguments)
+
+
+# The range test
+
+
+SHORT = {"start_lr": 1e-4, "end_lr": 0.05, "steps": 20}
+
+
+@pytest.fixture
+def loader(sample):
+    return make_loader(sample, train_transform(), "cpu", Config(batch_size=32), shuffle=True)
+
+
+def test_finding_a_rate_changes_nothing(tiny, loader):
+    optimizer = make_optimizer("sgd", tiny, lr=0.1)
+    tiny(torch.randn(4, 3, 32, 32)).sum().backward()
+    optimizer.step()
+    one_cycle(optimizer, 0.1, epochs=2, steps_per_epoch=6)  # leaves a mark that the library refuses
+    tiny.eval()
+    loader.sampler.set_epoch(7)
+    before = copy.deepcopy((tiny.state_dict(), optimizer.state_dict(), [p.grad for p in tiny.parameters()]))
+    state = torch.get_rng_state(), np.random.get_state()[1].copy()
+    find_lr(tiny, CPU, loader, optimizer, **SHORT)
+    after = (tiny.state_dict(), optimizer.state_dict(), [p.grad for p in tiny.parameters()])
+    torch.testing.assert_close(after, before, rtol=0, atol=0)
+    assert not tiny.training and loader.sampler.epoch == 7
+    assert torch.equal(state[0], torch.get_rng_state())
+    assert np.array_equal(state[1], np.random.get_state()[1])
+
+
+def test_a_range_test_is_silent_and_the_same_every_time(tiny, loader, capsys):
+    optimizer = make_optimizer("adam", tiny)
+    first, second = (find_lr(tiny, CPU, loader, optimizer, **SHORT) for _ in range(2))
+    assert first == second
+    assert capsys.readouterr() == ("", "")
+
+
+def test_a_range_test_covers_its_range_evenly_and_falls(tiny, loader):
+    found = find_lr(tiny, CPU, loader, make_optimizer("adam", tiny), start_lr=1e-4, end_lr=0.1, steps=40)
+    assert found.lrs[0] == pytest.approx(1e-4) and found.lrs[-1] == pytest.approx(0.1)
+    assert np.allclose(np.diff(np.log(found.lrs)), np.log(1000) / 39)
+    assert min(found.losses) < found.losses[0] - 0.2
+    assert set(found.suggestions) == {"start", "steepest", "valley", "minimum_over_ten", "minimum"}
+    assert found.suggestions["minimum"] == pytest.approx(10 * found.suggestions["minimum_over_ten"])
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
+def test_a_range_test_runs_in_the_precision_of_the_run(tiny, loader, precision):
+    seen = set()
+    tiny.linear.register_forward_hook(lambda module, inputs, output: seen.add(output.dtype))
+    find_lr(tiny, CPU, loader, make_optimizer("adam", tiny), **SHORT, precision=precision)
+    assert seen == {utils.PRECISIONS[precision]}
+
+
+def test_a_plain_dataloader_works_too(tiny):
+    dataset = TensorDataset(torch.randn(64, 3, 32, 32), torch.arange(64) % 10)
+    found = find_lr(tiny, CPU, DataLoader(dataset, 16), make_optimizer("adam", tiny), **SHORT)
+    assert len(found.lrs) == 20
+
+
+def test_a_failure_in_mid_test_leaves_the_model_as_it_was(tiny):
+    dataset = TensorDataset(torch.randn(64, 3, 32, 32), torch.full((64,), 10))  # no such class
+    before = copy.deepcopy(tiny.state_dict())
+    with pytest.raises(IndexError):
+        find_lr(tiny, CPU, DataLoader(dataset, 16), make_optimizer("adam", tiny), steps=20)
+    torch.testing.assert_close(dict(tiny.state_dict()), dict(before), rtol=0, atol=0)
+
+
+def curve(count=100, lowest=60, bottom=1.0):
+    """A range test as in the books: flat, falling, rising; without noise."""
+    lrs = np.logspace(-5, 0, count)
+    losses = np.full(count, 2.3)
+    losses[20:lowest] = np.linspace(2.3, bottom, lowest - 20)
+    losses[lowest:] = np.linspace(bottom, 5, count - lowest)
+    return lrs.tolist(), losses.tolist()
+
+
+def test_each_rule_reads_the_curve_as_its_name_says():
+    lrs, losses = curve()
+    found = suggest_lrs(lrs, losses)
+    assert lrs[58] <= found["minimum"] <= lrs[61]  # smoothing rounds the tip of the curve
+    assert found["minimum_over_ten"] == pytest.approx(found["minimum"] / 10)
+    assert lrs[22] < found["steepest"] < lrs[58]
+    assert lrs[30] < found["valley"] < lrs[45]  # half-way down
+    assert lrs[20] < found["start"] < lrs[27]
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_suggestions_use_only_what_comes_before_the_first_loss_that_is_not_finite(bad):
+    lrs, losses = curve()
+    losses[80:] = [bad] * 20
+    assert suggest_lrs(lrs, losses) == pytest.approx(suggest_lrs(lrs[:80], losses[:80]))
+
+
+@pytest.mark.parametrize("finite", [0, 1, 16])
+def test_too_few_finite_losses_suggest_nothing(finite):
+    lrs, losses = curve()
+    with pytest.raises(ValueError, match=f"has {finite} finite losses and needs 17"):
+        suggest_lrs(lrs, losses[:finite] + [math.nan] * (100 - finite))
+
+
+def test_a_run_of_nan_is_an_error_and_not_a_suggestion(tiny, loader):
+    nn.init.constant_(tiny.linear.weight, math.nan)
+    with pytest.raises(ValueError, match="0 finite losses"):
+        find_lr(tiny, CPU, loader, make_optimizer("adam", tiny), steps=20)
+
+
+def test_an_empty_range_is_refused(tiny, loader):
+    with pytest.raises(ValueError, match="start_lr must be positive and under end_lr"):
+        find_lr(tiny, CPU, loader, make_optimizer("adam", tiny), start_lr=1, end_lr=0.1)
+
+
+# History, predictions, devices
+
+
+def row(epoch, **changes):
+    values = {"lr": 0.1, "train_loss": 2.0, "train_accuracy": 0.25, "seconds": 1.5,
+              "images_per_second": 100.0}
+    return Epoch(epoch=epoch, **(values | changes))
+
+
+def test_history_survives_a_round_trip(tmp_path):
+    history = History([row(1, test_loss=1.0, test_accuracy=0.5), row(2, val_loss=0.1)], [0.1, 1 / 3])
+    history.save(tmp_path)
+    assert History.load(tmp_path) == history
+    table = (tmp_path / "history.csv").read_text().splitlines()
+    assert table[0].startswith("epoch,lr,train_loss,train_accuracy,val_loss") and len(table) == 3
+
+
+def test_predictions_know_their_mistakes_most_confident_first():
+    probabilities = np.array([[0.9, 0.1], [0.6, 0.4], [0.2, 0.8], [0.3, 0.7]], np.float32)
+    predictions = Predictions(probabilities, np.array([0, 1, 0, 1]))
+    assert predictions.accuracy == 0.5
+    assert predictions.misclassified().tolist() == [2, 1]
+    assert predictions.misclassified(1).tolist() == [2]
+
+
+def test_seeding_makes_every_generator_repeat():
+    drawn = []
+    for _ in range(2):
+        utils.seed_everything(3)
+        drawn.append((torch.rand(1).item(), np.random.rand(), utils.random.random()))
+    assert drawn[0] == drawn[1]
+
+
+@pytest.mark.parametrize("name", ["cuda:99", "tpu", "gpu"])
+def test_an_absent_device_is_refused(name):
+    with pytest.raises(ValueError, match=f"there is no device '{name}' here"):
+        utils.get_device(name)
+
+
+@pytest.mark.parametrize(("capability", "expected"), [
+    ((7, 5), torch.float16), ((8, 0), torch.bfloat16), ((9, 0), torch.bfloat16),
+])
+def test_automatic_precision_on_a_gpu_follows_its_compute_capability(monkeypatch, capability, expected):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    assert utils.pick_precision("auto", torch.device("cuda")) == expected
+
+
+@pytest.mark.parametrize(("capabilities", "expected"), [
+    ({}, torch.float32), ({"avx512_bf16": True}, torch.bfloat16), ({"amx_bf16": True}, torch.bfloat16),
+])
+def test_automatic_precision_on_a_cpu_follows_its_instructions(monkeypatch, capabilities, expected):
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: capabilities, raising=False)
+    assert utils.pick_precision("auto", CPU) == expected
+
+
+def test_unknown_precision_names_the_choices():
+    with pytest.raises(ValueError, match="unknown precision 'half'; choose from auto, fp32, bf16, fp16"):
+        utils.pick_precision("half", CPU)
+
+
+def test_a_range_test_result_can_be_kept_as_json(tiny, loader):
+    found = find_lr(tiny, CPU, loader, make_optimizer("adam", tiny), **SHORT)
+    assert utils.LRFinderResult(**json.loads(json.dumps(found.__dict__))) == found

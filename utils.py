@@ -1,0 +1,390 @@
+"""What every run needs and no one owns: device, seeds, history, the rate finder and the schedule."""
+
+import contextlib
+import copy
+import csv
+import functools
+import io
+import itertools
+import json
+import math
+import platform
+import random
+import shlex
+import sys
+import warnings
+from dataclasses import asdict, dataclass, field, fields
+from importlib import metadata
+from pathlib import Path
+from typing import NamedTuple
+from unittest import mock
+
+import numpy as np
+import torch
+from scipy.ndimage import gaussian_filter1d
+from torch import nn
+from torch.optim.lr_scheduler import OneCycleLR
+from torch.utils.data import DataLoader
+from tqdm import tqdm
+
+PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+class Stats(NamedTuple):
+    """Mean loss and accuracy over the images seen; accuracy is a fraction."""
+
+    loss: float
+    accuracy: float
+
+
+@dataclass(frozen=True)
+class Predictions:
+    """What a model says of every image of a loader, in the loader's order.
+
+    Shape:
+        probabilities float32 (N, K), labels int64 (N,).
+    """
+
+    probabilities: np.ndarray
+    labels: np.ndarray
+
+    @property
+    def predicted(self) -> np.ndarray:
+        """The most probable class of each image (N,)."""
+        return self.probabilities.argmax(1)
+
+    @property
+    def accuracy(self) -> float:
+        """The fraction of images whose most probable class is their label."""
+        return float((self.predicted == self.labels).mean())
+
+    def misclassified(self, count: int | None = None) -> np.ndarray:
+        """Indices of the wrong ones, the most confident mistake first."""
+        wrong = np.flatnonzero(self.predicted != self.labels)
+        return wrong[np.argsort(-self.probabilities[wrong].max(1), kind="stable")][:count]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Epoch:
+    """One row of a history. Accuracies are fractions; what was not measured is None."""
+
+    epoch: int
+    lr: float  # that the last step used
+    train_loss: float
+    train_accuracy: float
+    val_loss: float | None = None
+    val_accuracy: float | None = None
+    test_loss: float | None = None
+    test_accuracy: float | None = None
+    seconds: float  # of training and evaluation together
+    images_per_second: float  # of training alone
+
+
+@dataclass
+class History:
+    """What a run measured: one row an epoch, and the learning rate that each step used."""
+
+    epochs: list[Epoch] = field(default_factory=list)
+    lrs: list[float] = field(default_factory=list)
+
+    def save(self, folder: Path) -> None:
+        """Write history.json (everything) and history.csv (the rows)."""
+        write_text(folder / "history.json", json.dumps(asdict(self), indent=1))
+        table = io.StringIO()
+        writer = csv.DictWriter(table, [item.name for item in fields(Epoch)], lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(map(asdict, self.epochs))
+        write_text(folder / "history.csv", table.getvalue())
+
+    @classmethod
+    def load(cls, folder: Path) -> "History":
+        """Read what `save` wrote."""
+        stored = json.loads((folder / "history.json").read_text())
+        return cls([Epoch(**row) for row in stored["epochs"]], stored["lrs"])
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a whole file in one step, so that a reader never sees half of it."""
+    partial = path.with_name(path.name + ".tmp")
+    partial.write_text(text)
+    partial.replace(path)
+
+
+def get_device(name: str = "auto") -> torch.device:
+    """The device of that name; "auto" is CUDA, else Apple's MPS, else the CPU.
+
+    Raises:
+        ValueError: there is no such device here.
+    """
+    if name == "auto":
+        if torch.cuda.is_available():
+            return torch.device("cuda")
+        return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError):
+        raise ValueError(f"there is no device {name!r} here; choose cpu or auto") from None
+    return device
+
+
+def pick_precision(name: str, device: torch.device) -> torch.dtype:
+    """The number format of the forward pass: float32, bfloat16 or float16.
+
+    "auto" takes what the hardware computes in: bf16 from compute capability 8, fp16 below it (a T4
+    claims bf16 and emulates it), bf16 on a CPU with instructions for it, else fp32.
+
+    Raises:
+        ValueError: no precision has that name.
+    """
+    if name in PRECISIONS:
+        return PRECISIONS[name]
+    if name != "auto":
+        raise ValueError(f"unknown precision {name!r}; choose from auto, {', '.join(PRECISIONS)}")
+    if device.type == "cuda":
+        modern = torch.cuda.get_device_capability(device)[0] >= 8
+        return torch.bfloat16 if modern else torch.float16
+    if device.type == "cpu":
+        capabilities = getattr(torch.cpu, "get_capabilities", dict)()  # since torch 2.11
+        if capabilities.get("avx512_bf16") or capabilities.get("amx_bf16"):
+            return torch.bfloat16
+    return torch.float32
+
+
+def autocast(device: torch.device, dtype: torch.dtype) -> torch.autocast:
+    """The context of a forward pass in `dtype`; float32 leaves everything as it is."""
+    return torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32)
+
+
+def make_scaler(device: torch.device, dtype: torch.dtype) -> torch.amp.GradScaler:
+    """Scales gradients in fp16, where they would vanish; does nothing otherwise.
+
+    Starts at 2^10 instead of PyTorch's 2^16, at which the first steps overflow and are skipped.
+    """
+    return torch.amp.GradScaler(device.type, init_scale=2.0**10, enabled=dtype == torch.float16)
+
+
+def environment(device: torch.device) -> dict[str, str]:
+    """The machine, the versions and the command of a run, in words."""
+    if device.type == "cuda":
+        machine = torch.cuda.get_device_name(device)
+    else:
+        name = getattr(torch.cpu, "get_capabilities", dict)().get("cpu_name", platform.machine())
+        machine = f"{name}, {torch.get_num_threads()} threads"
+    packages = ("torch", "torchvision", "albumentations", "numpy")
+    versions = [f"{package} {metadata.version(package)}" for package in packages]
+    return {
+        "machine": machine,
+        "versions": ", ".join([f"Python {platform.python_version()}", *versions]),
+        "command": shlex.join(["python", *sys.argv]),
+    }
+
+
+def seed_everything(seed: int) -> None:
+    """Seed the global generators of Python, NumPy and PyTorch (every device)."""
+    random.seed(seed)
+    np.random.seed(seed)
+    torch.manual_seed(seed)
+
+
+@contextlib.contextmanager
+def random_state_kept(device: torch.device):
+    """Leave the global random state as it was, on the CPU and on `device`."""
+    python, numpy = random.getstate(), np.random.get_state()
+    with torch.random.fork_rng([device] if device.type == "cuda" else []):
+        yield
+    random.setstate(python)
+    np.random.set_state(numpy)
+
+
+def summarize(model: nn.Module, image_size: int = 32) -> str:
+    """Torchinfo's table of a network: kernels, shapes, parameters and multiply-adds for one image.
+
+    Leaves mode, buffers and random state as they were.
+    """
+    import torchinfo
+
+    device = next(model.parameters()).device
+    with random_state_kept(device):
+        table = torchinfo.summary(
+            model,
+            input_data=torch.zeros(1, 3, image_size, image_size, device=device),
+            col_names=("kernel_size", "input_size", "output_size", "num_params", "mult_adds"),
+            verbose=0,
+        )
+    return str(table).replace("Units.MEGABYTES", "M").replace("Units.GIGABYTES", "G")
+
+
+@dataclass(frozen=True)
+class LRFinderResult:
+    """A range test: rate and training loss of each step, and the rates that named rules suggest.
+
+    `suggestions` holds one peak rate for each rule (`steepest`, `valley`, `minimum_over_ten`,
+    `minimum`) and `start`, where the loss begins to fall: the low end of a schedule.
+    """
+
+    lrs: list[float]
+    losses: list[float]
+    suggestions: dict[str, float]
+
+
+def find_lr(
+    model: nn.Module,
+    device: torch.device,
+    train_loader: DataLoader,
+    optimizer: torch.optim.Optimizer,
+    *,
+    start_lr: float = 1e-5,
+    end_lr: float = 10.0,
+    steps: int = 100,
+    precision: str = "auto",
+    label_smoothing: float = 0.0,
+) -> LRFinderResult:
+    """Run the LR-range test (Smith, arXiv:1506.01186): raise the rate each step, watch the loss.
+
+    It trains copies, so model, optimizer, loader and random state stay as they were.
+
+    Args:
+        start_lr, end_lr: first and last rate; the test ends early when the loss is 5 times its least.
+        steps: batches, spaced evenly in the logarithm of the rate.
+        precision: of the forward pass, as in `pick_precision`.
+        label_smoothing: as in training.
+
+    Raises:
+        ValueError: the range is empty, or fewer than 17 steps had a finite loss.
+    """
+    if not 0 < start_lr < end_lr < math.inf:
+        raise ValueError(f"start_lr must be positive and under end_lr, not {start_lr} and {end_lr}")
+    finder_module = import_lr_finder()
+    device = torch.device(device)
+    dtype = pick_precision(precision, device)
+    model.to(device)
+    model, optimizer = copy.deepcopy((model, optimizer))  # together: the copy updates the copy
+    for group in optimizer.param_groups:
+        group.pop("initial_lr", None)  # a scheduler's mark, at which the library refuses to run
+    sampler = getattr(train_loader, "sampler", None)
+    epoch = getattr(sampler, "epoch", None)
+    quiet = functools.partial(tqdm, desc="range test", disable=None, leave=False)
+    with random_state_kept(device), contextlib.redirect_stdout(io.StringIO()):
+        torch.manual_seed(0)
+        finder = finder_module.LRFinder(
+            model, optimizer, nn.CrossEntropyLoss(label_smoothing=label_smoothing), device,
+            amp_backend="torch",
+            amp_config={"device_type": device.type, "dtype": dtype, "enabled": dtype != torch.float32},
+            grad_scaler=make_scaler(device, dtype),
+        )
+        with mock.patch.object(finder_module, "tqdm", quiet):
+            finder.range_test(
+                train_loader, start_lr=start_lr, end_lr=end_lr, num_iter=steps, smooth_f=0
+            )
+    if epoch is not None:
+        sampler.set_epoch(epoch)
+    lrs, losses = finder.history["lr"], finder.history["loss"]
+    return LRFinderResult(lrs, losses, suggest_lrs(lrs, losses))
+
+
+def import_lr_finder():
+    """The module of torch-lr-finder; its import warns inside notebooks about a bar we replace."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        from torch_lr_finder import lr_finder
+    return lr_finder
+
+
+def suggest_lrs(lrs: list[float], losses: list[float]) -> dict[str, float]:
+    """Read a range test by several rules, on finite losses alone, smoothed over three steps.
+
+    Raises:
+        ValueError: fewer than 17 losses before the first that is not finite.
+    """
+    finite = finite_losses(losses)
+    if len(finite) < 17:
+        raise ValueError(
+            f"the range test has {len(finite)} finite losses and needs 17: "
+            f"it went from {lrs[0]:.2g} to {lrs[-1]:.2g} in {len(lrs)} steps"
+        )
+    rates, curve = np.array(lrs[: len(finite)]), smooth(finite)
+    lowest = int(curve.argmin())
+    # What comes after the minimum is divergence: no rule looks there.
+    slope = np.gradient(curve[: max(lowest, 2) + 1], np.log(rates[: max(lowest, 2) + 1]))
+    fallen = curve <= curve[0] - 0.1 * (curve[0] - curve[lowest])
+    chosen = {
+        "start": rates[int(fallen.argmax())],
+        "steepest": rates[int(slope.argmin())],
+        "valley": rates[valley(curve)],
+        "minimum_over_ten": rates[lowest] / 10,
+        "minimum": rates[lowest],
+    }
+    return {rule: float(rate) for rule, rate in chosen.items()}
+
+
+def finite_losses(losses: list[float]) -> list[float]:
+    """The losses before the first that is not finite."""
+    return list(itertools.takewhile(math.isfinite, losses))
+
+
+def smooth(losses: list[float]) -> np.ndarray:
+    """A curve without its step-to-step noise and, unlike a running mean, without lag."""
+    return gaussian_filter1d(np.array(losses), sigma=2, mode="nearest")
+
+
+def valley(curve: np.ndarray) -> int:
+    """Half-way along the longest fall (fastai's default rule), as an index of `curve`.
+
+    The longest fall is the longest decreasing subsequence, found in quadratic time.
+    """
+    length, previous = np.ones(len(curve), int), np.full(len(curve), -1)
+    for i in range(1, len(curve)):
+        above = np.flatnonzero(curve[:i] > curve[i])
+        if len(above):
+            best = above[length[above].argmax()]
+            length[i], previous[i] = length[best] + 1, best
+    fall = [int(length.argmax())]
+    while previous[fall[-1]] >= 0:
+        fall.append(int(previous[fall[-1]]))
+    return fall[len(fall) // 2]
+
+
+def one_cycle(
+    optimizer: torch.optim.Optimizer,
+    max_lr: float,
+    *,
+    epochs: int,
+    steps_per_epoch: int,
+    peak_epoch: float = 5.0,
+    min_lr: float | None = None,
+) -> OneCycleLR:
+    """OneCycleLR with a linear rise to the end of `peak_epoch` and a linear fall to almost nothing.
+
+    Two phases, no annihilation phase, momentum left alone. A run too short to reach `peak_epoch`
+    peaks at 0.3 of its length.
+
+    Args:
+        max_lr: the rate at the peak.
+        epochs, steps_per_epoch: how often it will be stepped, once after each batch.
+        peak_epoch: epochs until the peak; the last batch of that epoch uses `max_lr`.
+        min_lr: the first rate, a hundred times the last; none: max_lr / 25, PyTorch's own.
+
+    Raises:
+        ValueError: a rate is not positive and finite, or min_lr is over max_lr.
+    """
+    min_lr = max_lr / 25 if min_lr is None else min_lr
+    if not 0 < min_lr <= max_lr < math.inf:
+        raise ValueError(f"rates must be 0 < min_lr <= max_lr, finite, not {min_lr} and {max_lr}")
+    steps = epochs * steps_per_epoch
+    if steps < 1:
+        raise ValueError(f"a schedule needs a step: {epochs} epochs of {steps_per_epoch} is none")
+    reach = peak_epoch if peak_epoch < epochs else 0.3 * epochs
+    peak = min(max(reach * steps_per_epoch - 1, 0.5), steps - 0.5)  # index of the step at the peak
+    # One step more than are taken: OneCycleLR's rate after its last step would be negative.
+    return OneCycleLR(
+        optimizer,
+        max_lr=max_lr,
+        total_steps=steps + 1,
+        pct_start=(peak + 1) / (steps + 1),
+        anneal_strategy="linear",
+        div_factor=max_lr / min_lr,
+        final_div_factor=100,
+        three_phase=False,
+        cycle_momentum=False,
+    )
