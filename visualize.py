@@ -1,0 +1,323 @@
+"""Draws figures from arrays, histories and, for Grad-CAM, a model; trains nothing and loads no data.
+
+Every function returns a matplotlib `Figure` that belongs to no window: show it by naming it in a
+notebook, keep it with `savefig`.
+"""
+
+import copy
+from collections.abc import Sequence
+
+import matplotlib
+import numpy as np
+import torch
+from matplotlib.figure import Figure
+from matplotlib.ticker import PercentFormatter
+from torch import Tensor, nn
+
+from transforms import CIFAR10_MEAN, CIFAR10_STD, normalize
+from utils import History, LRFinderResult, Predictions, finite_losses, smooth
+
+# Okabe and Ito's colours, told apart with every kind of colour vision.
+BLUE, ORANGE, GREEN, RED, PURPLE, SKY = "#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9"
+STYLE = {
+    "font.size": 10,
+    "axes.titlesize": 11,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "grid.alpha": 0.3,
+    "legend.frameon": False,
+    "figure.dpi": 110,
+}
+SMALLEST_MAP = 5  # pixels: a class activation map under 5 x 5 shows where nothing is
+
+
+def plot_samples(
+    images: np.ndarray, labels: np.ndarray, classes: Sequence[str], count: int = 20, title: str = ""
+) -> Figure:
+    """The first images with their class names.
+
+    Args:
+        images: uint8 (N, H, W, 3), as loaded or from `transforms.denormalize`.
+        labels: int (N,).
+    """
+    count = min(count, len(images))
+    names = [classes[label] for label in labels[:count]]
+    return gallery(images[:count], names, title)
+
+
+def plot_misclassified(
+    images: np.ndarray, predictions: Predictions, classes: Sequence[str], count: int = 20
+) -> Figure:
+    """The most confident mistakes: true class, predicted class, its probability.
+
+    Args:
+        images: uint8 (N, H, W, 3), in the order of `predictions`.
+        count: how many at most; a model without mistakes gets a figure that says so.
+    """
+    chosen = predictions.misclassified(count)
+    total, wrong = len(predictions.labels), len(predictions.misclassified())
+    titles = [mistake(predictions, index, classes) for index in chosen]
+    title = f"{wrong:,} of {total:,} misclassified ({wrong / total:.1%}); the most confident mistakes"
+    return gallery(images[chosen], titles, title)
+
+
+def mistake(predictions: Predictions, index: int, classes: Sequence[str]) -> str:
+    """Title of one image: truth, prediction and its probability, on two lines."""
+    true, predicted = predictions.labels[index], predictions.predicted[index]
+    return f"{classes[true]}\n→ {classes[predicted]} {predictions.probabilities[index, predicted]:.0%}"
+
+
+def gallery(images: np.ndarray, titles: Sequence[str], title: str) -> Figure:
+    """Images in rows of five or ten, each under its title; no images at all is a figure too."""
+    columns = 5 if len(images) <= 10 else 10
+    rows = max(1, -(-len(images) // columns))
+    with matplotlib.rc_context(STYLE):
+        inches = 1.75 if columns == 5 else 1.25
+        height = inches + 0.08 + 0.15 * max((1 + name.count("\n") for name in titles), default=0)
+        size = (inches * columns, height * rows + 0.4 * bool(title))
+        figure = Figure(figsize=size, layout="constrained")
+        figure.suptitle(title or None, fontsize=11)
+        cells = figure.subplots(rows, columns, squeeze=False).ravel()
+        for cell in cells:
+            cell.set_axis_off()
+        for cell, image, name in zip(cells, images, titles, strict=False):
+            cell.imshow(image)
+            cell.set_title(name, fontsize=8.5, pad=3)
+    return figure
+
+
+def plot_history(histories: dict[str, History]) -> Figure:
+    """Loss and accuracy of one run or several, epoch by epoch.
+
+    Solid lines are the test set, or the validation set where a run had one; dashed is training.
+    """
+    with matplotlib.rc_context(STYLE):
+        figure = Figure(figsize=(10, 3.8), layout="constrained")
+        axes = figure.subplots(1, 2)
+        for (name, history), color in zip(histories.items(), colors(), strict=False):
+            part = "val" if history.epochs[0].val_loss is not None else "test"
+            epochs = [row.epoch for row in history.epochs]
+            for axis, metric in zip(axes, ("loss", "accuracy"), strict=True):
+                for source, dash in (("train", "--"), (part, "-")):
+                    values = [getattr(row, f"{source}_{metric}") for row in history.epochs]
+                    axis.plot(
+                        epochs, values, dash, color=color, marker="o", markersize=3,
+                        label=f"{name} {source} {last(values[-1], metric)}",
+                    )
+        for axis, metric in zip(axes, ("loss", "accuracy"), strict=True):
+            axis.set(xlabel="epoch", ylabel=metric, title=metric.capitalize())
+            axis.xaxis.get_major_locator().set_params(integer=True)
+            axis.legend()
+        axes[1].yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
+    return figure
+
+
+def last(value: float, metric: str) -> str:
+    """A curve's last value, for its legend."""
+    return f"{value:.2%}" if metric == "accuracy" else f"{value:.3f}"
+
+
+def colors():
+    """The palette, for ever."""
+    while True:
+        yield from (BLUE, ORANGE, GREEN, RED, PURPLE, SKY)
+
+
+def plot_lr_finder(result: LRFinderResult, rule: str | None = None) -> Figure:
+    """Loss against rate in a range test, with what each rule suggests; `rule` is drawn bold."""
+    losses = np.array(result.losses)
+    curve = smooth(finite_losses(result.losses))
+    with matplotlib.rc_context(STYLE):
+        figure = Figure(figsize=(9.5, 4), layout="constrained")
+        axis = figure.subplots()
+        axis.plot(result.lrs, losses, color="0.6", linewidth=1.5, label="training loss")
+        axis.plot(result.lrs[: len(curve)], curve, color="0.2", linewidth=2, label="smoothed")
+        for (name, rate), color in zip(result.suggestions.items(), colors(), strict=False):
+            used = name == rule
+            label = f"{name.replace('_', ' ')}: {rate:.2e}{' (used)' if used else ''}"
+            axis.axvline(rate, color=color, linestyle="-" if used else "--", label=label,
+                         linewidth=2.5 if used else 1.2)
+        low, first = curve.min(), curve[0]
+        limits = (low - 0.15 * (first - low), first + 0.5 * (first - low) + 0.1)
+        axis.set(xscale="log", xlabel="learning rate", ylabel="loss", ylim=limits,
+                 title=f"Learning-rate range test, {len(losses)} steps")
+        axis.legend(loc="center left", bbox_to_anchor=(1, 0.5), fontsize=9)
+    return figure
+
+
+def plot_lr_history(lrs: Sequence[float], steps_per_epoch: int) -> Figure:
+    """The learning rate that each step used."""
+    steps = np.arange(len(lrs)) / steps_per_epoch
+    peak = int(np.argmax(lrs))
+    with matplotlib.rc_context(STYLE):
+        figure = Figure(figsize=(8, 3.4), layout="constrained")
+        axis = figure.subplots()
+        axis.plot(steps, lrs, color=BLUE)
+        axis.set(xlabel="epochs trained", ylabel="learning rate", ylim=(0, None),
+                 title=f"Learning rate: {lrs[0]:.2e} → {lrs[peak]:.2e} at epoch "
+                       f"{(peak + 1) / steps_per_epoch:.1f} → {lrs[-1]:.2e}")
+    return figure
+
+
+def plot_confusion_matrix(predictions: Predictions, classes: Sequence[str]) -> Figure:
+    """Counts of true class (rows) against predicted class (columns), coloured by share of the row."""
+    from sklearn.metrics import confusion_matrix  # a second of imports
+
+    labels = range(len(classes))
+    counts = confusion_matrix(predictions.labels, predictions.predicted, labels=labels)
+    shares = counts / np.maximum(counts.sum(1, keepdims=True), 1)
+    side = max(5.0, 0.62 * len(classes) + 1.4)
+    with matplotlib.rc_context(STYLE | {"axes.grid": False}):
+        figure = Figure(figsize=(side + 0.8, side), layout="constrained")
+        axis = figure.subplots()
+        image = axis.imshow(shares, cmap="Blues", vmin=0, vmax=1)
+        if len(classes) <= 20:
+            for row, column in np.ndindex(counts.shape):
+                color = "white" if shares[row, column] > 0.5 else "black"
+                axis.text(column, row, f"{counts[row, column]:,}", ha="center", va="center",
+                          fontsize=8.5, color=color)
+        axis.set_xticks(labels, classes, rotation=45, ha="right", rotation_mode="anchor")
+        axis.set_yticks(labels, classes)
+        axis.set(xlabel="predicted", ylabel="true",
+                 title=f"Confusion matrix, accuracy {predictions.accuracy:.2%}")
+        figure.colorbar(image, format=PercentFormatter(1.0, decimals=0), shrink=0.8)
+    return figure
+
+
+def cam_layers(model: nn.Module, image_size: int = 32) -> dict[str, int]:
+    """The stages of a network whose maps are large enough for Grad-CAM: name and side in pixels."""
+    return {
+        name: min(shape[2:])
+        for name, shape in map_shapes(model, image_size).items()
+        if "." not in name and min(shape[2:]) >= SMALLEST_MAP
+    }
+
+
+def map_shapes(model: nn.Module, image_size: int) -> dict[str, tuple[int, ...]]:
+    """Output shape (1, C, H, W) of every named layer that makes a map, for one image."""
+    model = copy.deepcopy(model).eval()
+    shapes = {}
+
+    def note(name):
+        def hook(module, inputs, output):
+            if isinstance(output, Tensor) and output.dim() == 4:
+                shapes[name] = tuple(output.shape)
+
+        return hook
+
+    for name, module in model.named_modules():
+        if name:
+            module.register_forward_hook(note(name))
+    with torch.no_grad():
+        weight = next(model.parameters())
+        model(torch.zeros(1, 3, image_size, image_size, device=weight.device, dtype=weight.dtype))
+    return shapes
+
+
+def gradcam(model: nn.Module, images: Tensor, layer: str, targets: Sequence[int]) -> np.ndarray:
+    """Grad-CAM (Selvaraju et al., arXiv:1610.02391): where a layer sees evidence for a class.
+
+    Works on a copy of the model in float32, so mode, gradients and hooks of the model stay as they are.
+
+    Args:
+        images: normalised float (N, 3, H, W).
+        layer: name of a layer as in `model.named_modules()`, such as "layer2" or "layer2.0.conv1".
+        targets: the class to explain for each image, (N,).
+
+    Returns:
+        float32 (N, H, W) from 0 to 1; all zero where the layer has no evidence for the class.
+
+    Raises:
+        ValueError: unknown layer, a map under 5 x 5, or targets that do not fit.
+    """
+    from pytorch_grad_cam import GradCAM  # two seconds of imports
+    from pytorch_grad_cam.utils.model_targets import ClassifierOutputTarget
+
+    check_layer(model, layer, images.shape[-1])
+    targets = [int(target) for target in targets]
+    if len(targets) != len(images):
+        raise ValueError(f"{len(targets)} targets for {len(images)} images")
+    if not targets:
+        return np.zeros((0, *images.shape[2:]), np.float32)
+    model = copy.deepcopy(model).float().eval().requires_grad_()
+    device = next(model.parameters()).device
+    with torch.no_grad():
+        classes = model(images[:1].to(device)).shape[1]
+    if not all(0 <= target < classes for target in targets):
+        raise ValueError(f"targets must be 0 to {classes - 1}, not {min(targets)} to {max(targets)}")
+    with torch.enable_grad(), torch.autocast(device.type, enabled=False):
+        # Not as a context manager: that one hides an IndexError of ours.
+        cam = GradCAM(model, [model.get_submodule(layer)])
+        maps = cam(images.to(device), [ClassifierOutputTarget(target) for target in targets])
+        cam.activations_and_grads.release()
+    return np.asarray(maps, np.float32)
+
+
+def check_layer(model: nn.Module, layer: str, image_size: int) -> None:
+    """Refuse a layer that Grad-CAM cannot use, and name those that it can."""
+    shapes = map_shapes(model, image_size)
+    allowed = ", ".join(f"{name} ({side} px)" for name, side in cam_layers(model, image_size).items())
+    if layer not in shapes:
+        raise ValueError(f"unknown layer {layer!r}; choose from {allowed}")
+    height, width = shapes[layer][2:]
+    if min(height, width) < SMALLEST_MAP:
+        raise ValueError(
+            f"layer {layer} has maps of {height} x {width}, under {SMALLEST_MAP} x {SMALLEST_MAP}; "
+            f"choose from {allowed}"
+        )
+
+
+def plot_gradcam(
+    model: nn.Module,
+    images: np.ndarray,
+    predictions: Predictions,
+    classes: Sequence[str],
+    *,
+    layer: str,
+    count: int = 10,
+    mean: tuple[float, ...] = CIFAR10_MEAN,
+    std: tuple[float, ...] = CIFAR10_STD,
+) -> Figure:
+    """The most confident mistakes, and Grad-CAM against the correct and the predicted class.
+
+    Args:
+        images: uint8 (N, H, W, 3), in the order of `predictions`.
+        layer: as in `gradcam`.
+        count: how many mistakes at most.
+        mean, std: the normalisation that the model was trained with.
+    """
+    chosen = predictions.misclassified(count)
+    if not len(chosen):
+        check_layer(model, layer, images.shape[2])
+        return gallery(images[chosen], [], "nothing is misclassified: there is no mistake to explain")
+    inputs = normalize(images[chosen], mean, std)
+    pairs = [
+        gradcam(model, inputs, layer, answers[chosen])
+        for answers in (predictions.labels, predictions.predicted)
+    ]
+    with matplotlib.rc_context(STYLE):
+        columns = 1 if len(chosen) < 2 else 2
+        rows = -(-len(chosen) // columns)
+        figure = Figure(figsize=(4.6 * columns, 1.72 * rows + 0.5), layout="constrained")
+        figure.suptitle(f"Grad-CAM at {layer}: image, evidence for the true and for the predicted class")
+        cells = figure.subplots(rows, 3 * columns, squeeze=False)
+        for cell in cells.ravel():
+            cell.set_axis_off()
+        for place, index in enumerate(chosen):
+            trio = cells[place // columns, 3 * (place % columns) :][:3]
+            draw_cams(trio, images[index], [maps[place] for maps in pairs], predictions, index, classes)
+    return figure
+
+
+def draw_cams(cells, image, maps, predictions: Predictions, index: int, classes) -> None:
+    """One mistake: the image, and it again under the map of each of the two classes."""
+    answers = (predictions.labels[index], predictions.predicted[index])
+    cells[0].imshow(image)
+    cells[0].set_title(f"#{index}", fontsize=8.5, pad=3)
+    for cell, heat, answer, kind in zip(cells[1:], maps, answers, ("true", "predicted"), strict=True):
+        cell.imshow(image)
+        cell.imshow(heat, cmap="inferno", alpha=0.75 * heat, vmin=0, vmax=1)
+        note = "" if heat.any() else ": no evidence"
+        probability = predictions.probabilities[index, answer]
+        cell.set_title(f"{kind}{note}\n{classes[answer]} {probability:.0%}", fontsize=8.5, pad=3)
