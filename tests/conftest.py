@@ -9,6 +9,8 @@ import torch
 import data
 import models
 
+torch.set_num_threads(1)  # quicker for networks this small, and steady on a busy machine
+
 
 @pytest.fixture(autouse=True)
 def no_network(monkeypatch):

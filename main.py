@@ -1,0 +1,520 @@
+"""Trains, tests, fits and predicts; the command line of the package.
+
+    python main.py --recipe quick              train, and write a report
+    python main.py test RUN                    evaluate a run folder or a weights file
+    python main.py predict RUN IMAGE...        classes and probabilities of image files
+    python main.py find-lr --recipe quick      the range test alone
+    python main.py report RUN                  write a run's report again
+"""
+
+import contextlib
+import itertools
+import json
+import sys
+import time
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import nn
+from torch.nn import functional as F
+from tqdm import tqdm
+
+from checkpoint import load_weights, save_weights
+from config import CHOICES, Config, make_parser, parse_config
+from data import Loaders, load_split, make_loader, make_loaders, read_image
+from models import make_model
+from transforms import normalize, test_transform
+from utils import (
+    Epoch,
+    History,
+    LRFinderResult,
+    Predictions,
+    Stats,
+    autocast,
+    environment,
+    find_lr,
+    get_device,
+    make_scaler,
+    one_cycle,
+    pick_precision,
+    random_state_kept,
+    seed_everything,
+    summarize,
+    write_text,
+)
+
+# The stream of random numbers for dropout = f(seed, epoch, step); data.py has the other two.
+DROPOUT = 2
+
+
+def train(
+    model: nn.Module,
+    device: torch.device,
+    train_loader,
+    optimizer: torch.optim.Optimizer,
+    scheduler=None,
+    *,
+    epoch: int | None = None,
+    precision: str = "auto",
+    label_smoothing: float = 0.0,
+    scaler: torch.amp.GradScaler | None = None,
+    seed: int = 0,
+    max_batches: int | None = None,
+    lrs: list[float] | None = None,
+) -> Stats:
+    """Train for one epoch with cross-entropy.
+
+    Args:
+        train_loader: yields images float (N, C, H, W) and labels int64 (N,).
+        scheduler: stepped after every batch.
+        epoch: which one, from 1; none: the loader's next.
+        precision: of the forward pass, as in `pick_precision`.
+        scaler: of the gradients in fp16, to keep between epochs.
+        seed: of dropout.
+        max_batches: stop after so many.
+        lrs: a list to append the rate of each step to, the one that the step used.
+
+    Returns:
+        Mean loss and accuracy over the epoch, in training mode and as the weights changed.
+
+    Raises:
+        FloatingPointError: the loss is not finite; the weights are those before that step.
+    """
+    device = torch.device(device)
+    dtype = pick_precision(precision, device)
+    scaler = scaler or make_scaler(device, dtype)
+    epoch = start_epoch(train_loader, epoch)
+    lrs = [] if lrs is None else lrs
+    model.to(device, memory_format=torch.channels_last).train()
+    totals = torch.zeros(2, device=device, dtype=torch.float64)  # loss and hits, summed over images
+    seen = 0
+    with random_state_kept(device):
+        for step, (images, labels) in enumerate(progress(train_loader, f"epoch {epoch}", max_batches)):
+            images, labels = to_device(images, labels, device)
+            torch.manual_seed(int(np.random.default_rng([seed, DROPOUT, epoch, step]).integers(2**63)))
+            lrs.append(optimizer.param_groups[0]["lr"])
+            where = f"epoch {epoch}, step {step + 1}, learning rate {lrs[-1]:.4g}"
+            totals += train_step(model, images, labels, optimizer, scaler, dtype, label_smoothing, where)
+            seen += len(labels)
+            if scheduler is not None:
+                scheduler.step()
+    loss, hits = (totals / max(seen, 1)).tolist()  # the one transfer of the epoch
+    return Stats(loss, hits)
+
+
+def train_step(
+    model, images, labels, optimizer, scaler, dtype, label_smoothing: float, where: str
+) -> torch.Tensor:
+    """One update; returns loss and hits summed over the batch, on the device."""
+    optimizer.zero_grad(set_to_none=True)
+    with autocast(images.device, dtype):
+        logits = model(images)
+        loss = F.cross_entropy(logits, labels, label_smoothing=label_smoothing)
+    if not torch.isfinite(loss):
+        raise FloatingPointError(
+            f"the loss is {loss.item()} at {where}; stopped before the update. "
+            "A lower --lr or --precision fp32 may help"
+        )
+    scaler.scale(loss).backward()
+    scaler.step(optimizer)
+    scaler.update()
+    hits = (logits.argmax(1) == labels).sum()
+    return torch.stack([loss.detach().double() * len(labels), hits.double()])
+
+
+def test(
+    model: nn.Module,
+    device: torch.device,
+    test_loader,
+    *,
+    precision: str = "auto",
+    max_batches: int | None = None,
+) -> Stats:
+    """Mean cross-entropy and accuracy over every image of a loader, each counted once."""
+    logits, labels = forward_all(model, device, test_loader, precision, max_batches)
+    hits = (logits.argmax(1) == labels).double().mean()
+    return Stats(F.cross_entropy(logits, labels).item(), hits.item())
+
+
+def predict(
+    model: nn.Module,
+    device: torch.device,
+    loader,
+    *,
+    precision: str = "auto",
+    max_batches: int | None = None,
+) -> Predictions:
+    """Class probabilities of every image of a loader, in its order."""
+    logits, labels = forward_all(model, device, loader, precision, max_batches)
+    return Predictions(logits.softmax(1).cpu().numpy(), labels.cpu().numpy())
+
+
+def forward_all(model, device, loader, precision: str, max_batches: int | None):
+    """Logits float32 (N, K) and labels (N,) of a loader, on the device; the model's mode is kept."""
+    device = torch.device(device)
+    dtype = pick_precision(precision, device)
+    training = model.training
+    model.to(device, memory_format=torch.channels_last).eval()
+    logits, targets = [], []
+    with torch.inference_mode(), autocast(device, dtype):
+        for images, labels in itertools.islice(loader, max_batches):
+            images, labels = to_device(images, labels, device)
+            logits.append(model(images).float())
+            targets.append(labels)
+    model.train(training)
+    return torch.cat(logits), torch.cat(targets)
+
+
+def fit_model(
+    model: nn.Module,
+    device: torch.device,
+    train_loader,
+    test_loader,
+    optimizer: torch.optim.Optimizer,
+    scheduler=None,
+    epochs: int = 20,
+    *,
+    val_loader=None,
+    precision: str = "auto",
+    label_smoothing: float = 0.0,
+    seed: int = 0,
+    max_train_batches: int | None = None,
+    max_test_batches: int | None = None,
+    folder: str | Path | None = None,
+    card: dict | None = None,
+) -> History:
+    """Train for some epochs, evaluate after each, print one table row for each.
+
+    Args:
+        scheduler: stepped after every batch.
+        val_loader: judged after each epoch instead of the test set, which then is looked at once,
+            after the last.
+        folder: where history, TensorBoard events and, if there is a `card`, weights are written at
+            the end of every epoch.
+        card: goes with the weights, see `save_weights`.
+
+    Returns:
+        One row an epoch, and the learning rate of every step.
+
+    Raises:
+        FloatingPointError: the loss is not finite; the rows and weights of the epochs before are kept.
+    """
+    history, device = History(), torch.device(device)
+    scaler = make_scaler(device, pick_precision(precision, device))
+    evaluate = {"precision": precision, "max_batches": max_test_batches}
+    with event_writer(folder) as writer:
+        for epoch in range(1, epochs + 1):
+            start, first = time.perf_counter(), len(history.lrs)
+            trained = train(
+                model, device, train_loader, optimizer, scheduler, epoch=epoch, precision=precision,
+                label_smoothing=label_smoothing, scaler=scaler, seed=seed,
+                max_batches=max_train_batches, lrs=history.lrs,
+            )
+            middle = time.perf_counter()
+            validated = test(model, device, val_loader, **evaluate) if val_loader else None
+            judge_test = val_loader is None or epoch == epochs
+            tested = test(model, device, test_loader, **evaluate) if judge_test else None
+            images = (len(history.lrs) - first) * batch_size_of(train_loader)
+            row = Epoch(
+                epoch=epoch, lr=history.lrs[-1], **columns("train", trained),
+                **columns("val", validated), **columns("test", tested),
+                seconds=time.perf_counter() - start, images_per_second=images / (middle - start),
+            )
+            history.epochs.append(row)
+            print_row(row, header=epoch == 1)
+            if folder is not None:
+                write_events(writer, row, history.lrs[first:], first)
+                history.save(Path(folder))
+                if card is not None:
+                    save_weights(Path(folder) / "weights.safetensors", model, card)
+    return history
+
+
+def make_optimizer(
+    name: str, model: nn.Module, lr: float = 1e-3, weight_decay: float = 0.0
+) -> torch.optim.Optimizer:
+    """Adam, AdamW (betas 0.9, 0.999) or SGD with Nesterov momentum 0.9, by name."""
+    common = {"params": model.parameters(), "lr": lr, "weight_decay": weight_decay}
+    if name == "sgd":
+        return torch.optim.SGD(**common, momentum=0.9, nesterov=True)
+    if name in ("adam", "adamw"):
+        kind = torch.optim.Adam if name == "adam" else torch.optim.AdamW
+        return kind(**common, betas=(0.9, 0.999))
+    raise ValueError(f"unknown optimizer {name!r}; choose from adam, adamw, sgd")
+
+
+def to_device(images, labels, device: torch.device):
+    """A batch on the device, images in channels-last memory; free for what is there already."""
+    images = images.to(device, non_blocking=True, memory_format=torch.channels_last)
+    return images, labels.to(device, non_blocking=True)
+
+
+def start_epoch(loader, epoch: int | None) -> int:
+    """Make a loader's next pass that of `epoch`, if it knows epochs; return the epoch."""
+    sampler = getattr(loader, "sampler", None)
+    if epoch is None:
+        return getattr(sampler, "epoch", 1)
+    if hasattr(sampler, "set_epoch"):
+        sampler.set_epoch(epoch)
+    return epoch
+
+
+def batch_size_of(loader) -> int:
+    """Images a batch, of our loaders and of plain ones."""
+    return loader.batch_size or loader.dataset.batch_size
+
+
+def progress(loader, name: str, max_batches: int | None):
+    """The batches of a loader behind a bar that leaves no trace; none where nobody watches."""
+    total = len(loader) if max_batches is None else min(len(loader), max_batches)
+    watched = sys.stdout.isatty() or "google.colab" in sys.modules
+    return tqdm(
+        itertools.islice(loader, max_batches), name, total, leave=False, file=sys.stdout,
+        disable=not watched, mininterval=0.5,
+    )
+
+
+def columns(part: str, stats: Stats | None) -> dict:
+    """Stats as the fields of an `Epoch`."""
+    return {} if stats is None else {f"{part}_{name}": value for name, value in stats._asdict().items()}
+
+
+def print_row(row: Epoch, header: bool) -> None:
+    """One line of the training table, after its head if `header`."""
+    parts = [part for part in ("train", "val", "test") if part in ("train", "test") or row.val_loss]
+    if header:
+        heads = "".join(f"{part + ' loss':>12}{'acc':>8}" for part in parts)
+        print(f"{'epoch':>5}{'lr':>11}{heads}{'seconds':>9}{'images/s':>10}")
+    line = f"{row.epoch:>5}{row.lr:>11.3g}"
+    for part in parts:
+        loss, accuracy = getattr(row, f"{part}_loss"), getattr(row, f"{part}_accuracy")
+        line += f"{'':>20}" if loss is None else f"{loss:>12.4f}{accuracy:>8.2%}"
+    print(f"{line}{row.seconds:>9.1f}{row.images_per_second:>10,.0f}", flush=True)
+
+
+def event_writer(folder: str | Path | None):
+    """TensorBoard's writer for a run folder, or nothing for no folder."""
+    if folder is None:
+        return contextlib.nullcontext()
+    from torch.utils.tensorboard import SummaryWriter  # two seconds of imports
+
+    return SummaryWriter(Path(folder) / "tensorboard")
+
+
+def write_events(writer, row: Epoch, lrs: list[float], first: int) -> None:
+    """One epoch's numbers, and the rate of each of its steps, for TensorBoard."""
+    for part in ("train", "val", "test"):
+        if getattr(row, f"{part}_loss") is not None:
+            writer.add_scalar(f"loss/{part}", getattr(row, f"{part}_loss"), row.epoch)
+            writer.add_scalar(f"accuracy/{part}", getattr(row, f"{part}_accuracy"), row.epoch)
+    for step, lr in enumerate(lrs, first):
+        writer.add_scalar("lr", lr, step)
+    writer.flush()
+
+
+def run(config: Config) -> Path:
+    """Train as `config` says and write the run folder: the command line's and the notebook's path.
+
+    Returns:
+        The folder, whose report.md tells the rest.
+
+    Raises:
+        ValueError, OSError: the run cannot start; one line that says why.
+        FloatingPointError: the loss became not finite; what the folder holds is from before.
+    """
+    device, folder, loaders, model, optimizer = prepare(config)
+    write_text(folder / "config.json", json.dumps(asdict(config), indent=1))
+    write_text(folder / "environment.json", json.dumps(environment(device), indent=1))
+    write_text(folder / "summary.txt", summarize(model, config.image_size))
+    dtype = str(pick_precision(config.precision, device)).removeprefix("torch.")
+    print(f"{config.model} on {config.dataset}, {device}, {dtype}, seed {config.seed}, in {folder}")
+    scheduler = schedule(config, model, device, loaders, optimizer, folder)
+    fit_model(
+        model, device, loaders.train, loaders.test, optimizer, scheduler, config.epochs,
+        val_loader=loaders.validation, precision=config.precision,
+        label_smoothing=config.label_smoothing, seed=config.seed,
+        max_train_batches=config.max_train_batches, max_test_batches=config.max_test_batches,
+        folder=folder, card=make_card(config, loaders),
+    )
+    report(folder, config, device, model, loaders)
+    return folder
+
+
+def prepare(config: Config):
+    """Device, run folder, loaders, model and optimizer of a run; the folder is made last."""
+    device, folder = get_device(config.device), run_folder(config)
+    loaders = make_loaders(config, device)
+    seed_everything(config.seed)
+    model = make_model(config.model, len(loaders.test.dataset.split.classes), **config.model_options)
+    model.to(device, memory_format=torch.channels_last)
+    optimizer = make_optimizer(config.optimizer, model, config.lr or 1e-3, config.weight_decay)
+    folder.mkdir(parents=True, exist_ok=True)
+    return device, folder, loaders, model, optimizer
+
+
+def schedule(config: Config, model, device, loaders: Loaders, optimizer, folder: Path):
+    """Set the optimizer's rate, found or given, and return the scheduler or None."""
+    low, high = None, config.lr
+    if high is None:
+        found = range_test(config, model, device, loaders, optimizer, folder)
+        low, high = found.suggestions["start"], found.suggestions[config.lr_rule]
+    if config.scheduler == "none":
+        for group in optimizer.param_groups:
+            group["lr"] = high
+        return None
+    return one_cycle(
+        optimizer, high, epochs=config.epochs, steps_per_epoch=steps_per_epoch(config, loaders),
+        peak_epoch=config.peak_epoch, min_lr=low and min(low, high / 10),
+    )
+
+
+def steps_per_epoch(config: Config, loaders: Loaders) -> int:
+    """Updates in an epoch, as limited for a smoke run."""
+    return min(len(loaders.train), config.max_train_batches or len(loaders.train))
+
+
+def range_test(
+    config: Config, model, device, loaders: Loaders, optimizer, folder: Path
+) -> LRFinderResult:
+    """`find_lr` as the run trains; the result is printed and kept as lr_finder.json."""
+    found = find_lr(
+        model, device, loaders.train, optimizer, precision=config.precision,
+        label_smoothing=config.label_smoothing,
+    )
+    write_text(folder / "lr_finder.json", json.dumps(asdict(found)))
+    chosen = [f"{rule} {rate:.4g}" for rule, rate in found.suggestions.items()]
+    print(f"range test, {len(found.lrs)} steps: {', '.join(chosen)}; using {config.lr_rule}")
+    return found
+
+
+def run_folder(config: Config) -> Path:
+    """Where the run goes; a folder that holds something is refused, so that no run is overwritten."""
+    folder = Path(config.output or f"runs/{config.recipe}-{time.strftime('%Y%m%d-%H%M%S')}")
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise ValueError(f"output {folder} is there already; choose another or remove it")
+    return folder
+
+
+def make_card(config: Config, loaders: Loaders) -> dict:
+    """What goes with the weights, so that they can be used without the run."""
+    program, split = loaders.test.dataset.program, loaders.test.dataset.split
+    return {
+        "model": config.model, "options": config.model_options, "image_size": config.image_size,
+        "classes": list(split.classes), "mean": list(program.mean), "std": list(program.std),
+        "config": asdict(config),
+    }
+
+
+def report(folder: Path, config: Config, device, model, loaders: Loaders) -> None:
+    """Predict the test set and write the run's report, then say where it is."""
+    from report import write_report  # matplotlib takes a second, which a short command need not wait
+
+    predictions = predict(
+        model, device, loaders.test, precision=config.precision, max_batches=config.max_test_batches
+    )
+    path = write_report(folder, model, loaders, predictions)
+    print(f"test accuracy {predictions.accuracy:.2%} of {len(predictions.labels):,} images")
+    print(f"report {path}")
+
+
+def train_command(argv: list[str]) -> None:
+    """main.py [train] [flags]."""
+    run(parse_config(argv, epilog=__doc__))
+
+
+def find_lr_command(argv: list[str]) -> None:
+    """main.py find-lr [flags]: the range test of a run, its figure and its suggestions."""
+    from visualize import plot_lr_finder
+
+    config = parse_config(argv, "main.py find-lr")
+    device, folder, loaders, model, optimizer = prepare(config)
+    found = range_test(config, model, device, loaders, optimizer, folder)
+    plot_lr_finder(found, config.lr_rule).savefig(folder / "lr_finder.png")
+    print(f"figure {folder / 'lr_finder.png'}")
+
+
+def test_command(argv: list[str]) -> None:
+    """main.py test RUN: loss and accuracy of saved weights on their dataset's test images."""
+    parser = make_parser("main.py test", "Evaluate a run folder or a weights file.")
+    given, model, card, device = read_model(parser, argv)
+    config = Config(**card["config"])
+    data = given.data or config.data
+    split = load_split(config.dataset, "test", data, image_size=config.image_size, seed=config.seed)
+    if list(split.classes) != card["classes"]:
+        raise ValueError(f"the weights know {card['classes']}, {data} has {list(split.classes)}")
+    loader = make_loader(split, test_transform(card["mean"], card["std"]), device, config)
+    stats = test(model, device, loader, precision=given.precision)
+    print(f"test loss {stats.loss:.4f}, accuracy {stats.accuracy:.2%} of {len(split):,} images")
+
+
+def predict_command(argv: list[str]) -> None:
+    """main.py predict RUN IMAGE...: the most probable classes of image files."""
+    parser = make_parser("main.py predict", "Classify image files of any size.")
+    parser.add_argument("--top", type=int, default=3, help="classes to name (default: 3)")
+    given, model, card, device = read_model(parser, argv, images=True)
+    images = np.stack([read_image(path, card["image_size"]) for path in given.images])
+    inputs = normalize(images, card["mean"], card["std"])
+    batch = [(inputs, torch.zeros(len(inputs), dtype=torch.int64))]
+    probabilities = predict(model, device, batch, precision=given.precision).probabilities
+    for path, row in zip(given.images, probabilities, strict=True):
+        best = np.argsort(-row)[: max(1, given.top)]
+        print(f"{path}:", ", ".join(f"{card['classes'][k]} {row[k]:.1%}" for k in best))
+
+
+def report_command(argv: list[str]) -> None:
+    """main.py report RUN: predict the run's test images and write its report again."""
+    parser = make_parser("main.py report", "Write the report of a run folder again.")
+    given, model, card, device = read_model(parser, argv)
+    folder = Path(given.weights)
+    if not (folder / "history.json").is_file():
+        raise ValueError(f"{folder} is no run folder: it has no history.json")
+    config = replace(
+        Config(**card["config"]), data=given.data or card["config"]["data"], precision=given.precision
+    )
+    report(folder, config, device, model, make_loaders(config, device))
+
+
+def read_model(parser, argv: list[str], images: bool = False):
+    """Flags of a command that uses saved weights, the model, its card and the device."""
+    parser.add_argument("weights", help="run folder or weights file")
+    if images:
+        parser.add_argument("images", nargs="+", help="image files")
+    else:
+        parser.add_argument("--data", help="folder that holds the dataset (default: the run's)")
+    parser.add_argument("--device", default="auto", help="cpu, cuda, mps (default: auto)")
+    parser.add_argument("--precision", default="auto", choices=CHOICES["precision"])
+    given = parser.parse_args(argv)
+    model, card = load_weights(given.weights)
+    return given, model, card, get_device(given.device)
+
+
+COMMANDS = {
+    "train": train_command,
+    "test": test_command,
+    "predict": predict_command,
+    "find-lr": find_lr_command,
+    "report": report_command,
+}
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run a command; 2 for bad input and 1 for a run that had to stop, after one line on stderr."""
+    argv = sys.argv[1:] if argv is None else argv
+    command, rest = (argv[0], argv[1:]) if argv and argv[0] in COMMANDS else ("train", argv)
+    try:
+        if rest and not rest[0].startswith("-") and command == "train":
+            raise ValueError(f"unknown command {rest[0]!r}; choose from {', '.join(COMMANDS)}")
+        COMMANDS[command](rest)
+    except (ValueError, OSError) as error:
+        print(f"main.py: {error}", file=sys.stderr)
+        return 2
+    except FloatingPointError as error:
+        print(f"main.py: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,82 @@
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+FLOORS = {"config": 0, "models": 0, "transforms": 0, "data": 1, "utils": 1, "checkpoint": 2,
+          "visualize": 2, "report": 3, "main": 4}
+PUBLIC = {
+    "config": {"Config", "RECIPES", "parse_config"},
+    "models": {"MODELS", "make_model", "CustomResNet", "ResNet", "ResNet18", "ResNet34"},
+    "transforms": {"CIFAR10_MEAN", "CIFAR10_STD", "train_transform", "test_transform", "vectorize",
+                   "denormalize"},
+    "data": {"load_split", "statistics", "make_loaders", "CLASSES"},
+    "utils": {"get_device", "seed_everything", "summarize", "find_lr", "one_cycle", "History", "Stats"},
+    "checkpoint": {"save_weights", "load_weights"},
+    "visualize": {"plot_samples", "plot_history", "plot_lr_finder", "plot_lr_history", "plot_misclassified",
+                  "gradcam", "plot_gradcam", "plot_confusion_matrix"},
+    "report": {"write_report"},
+    "main": {"train", "test", "fit_model", "predict", "run", "main"},
+}
+SOURCES = [path for path in ROOT.rglob("*.py") if ".venv" not in path.parts]
+
+
+def imports_of(path):
+    """Top-level names of every module that a file imports, at the top or inside a function."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            yield from (alias.name.split(".")[0] for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            yield node.module.split(".")[0]
+
+
+@pytest.mark.parametrize("module", FLOORS)
+def test_imports_point_to_lower_floors_only(module):
+    path = ROOT / f"{module}.py"
+    files = [path] if path.is_file() else [f for f in (ROOT / module).glob("*.py")]
+    for file in files:
+        ours = {name for name in imports_of(file) if name in FLOORS and name != module}
+        # config reads the names of the models, on its own floor
+        assert {name for name in ours if FLOORS[name] >= FLOORS[module]} <= {"models"} & ours
+    assert module != "models" or ours == set()
+
+
+@pytest.mark.parametrize("module", PUBLIC)
+def test_the_names_that_the_design_settled_are_there(module):
+    assert PUBLIC[module] <= set(vars(__import__(module)))
+
+
+def test_importing_everything_is_silent_and_asks_for_no_network_or_device():
+    code = (
+        "import socket, torch\n"
+        "def refuse(*arguments): raise SystemExit('a connection was tried')\n"
+        "socket.socket.connect = socket.getaddrinfo = refuse\n"
+        "state = torch.get_rng_state()\n"
+        f"import {', '.join(FLOORS)}\n"
+        "assert torch.equal(state, torch.get_rng_state()) and not torch.cuda.is_initialized()\n"
+    )
+    done = subprocess.run([sys.executable, "-W", "error", "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+
+
+def functions(path):
+    """Every function of a file, with its length without the docstring."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            start = node.body[0].end_lineno if ast.get_docstring(node) else node.lineno
+            yield node.name, node.end_lineno - start
+
+
+def test_no_function_is_over_40_lines():
+    long = [f"{path.name}:{name} {n}" for path in SOURCES for name, n in functions(path) if n > 40]
+    assert long == []
+
+
+def test_no_file_is_unpickled_by_us():
+    words = ("torch.load(", "pickle.load", "weights_only=False", "allow_pickle=True")
+    found = [(path.name, word) for path in SOURCES if path.parent.name != "tests"
+             for word in words if word in path.read_text()]
+    assert found == []

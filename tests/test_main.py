@@ -1,0 +1,367 @@
+import json
+import math
+import re
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
+
+import data
+import main
+import models
+import utils
+from config import Config
+from data import make_loader
+from transforms import normalize, train_transform
+from transforms import test_transform as evaluation_transform
+
+CPU = torch.device("cpu")
+SMOKE = ["--dataset", "cifar10-sample", "--width", "4", "--batch-size", "64", "--epochs", "2",
+         "--max-train-batches", "3", "--max-test-batches", "2", "--lr", "0.01", "--precision", "fp32"]
+
+
+@pytest.fixture
+def loaders(sample):
+    """Training and test loader over the small sample."""
+    config = Config(batch_size=32)
+    train = make_loader(sample, train_transform(), "cpu", config, shuffle=True)
+    return train, make_loader(sample, evaluation_transform(), "cpu", config)
+
+
+def build(seed=0, **options):
+    """A small network and its optimizer, the same every time."""
+    torch.manual_seed(seed)
+    model = models.make_model("custom_resnet", width=4, **options)
+    return model, main.make_optimizer("adam", model, lr=0.01)
+
+
+def fit(loaders, epochs=2, **options):
+    """A short run in fp32; returns model and history."""
+    model, optimizer = build(dropout=0.2)
+    scheduler = utils.one_cycle(optimizer, 0.01, epochs=epochs, steps_per_epoch=len(loaders[0]))
+    history = main.fit_model(
+        model, CPU, *loaders, optimizer, scheduler, epochs, precision="fp32", **options
+    )
+    return model, history
+
+
+def weights(model):
+    """Every weight and buffer as one vector."""
+    return torch.cat([tensor.double().ravel() for tensor in model.state_dict().values()])
+
+
+def untimed(history):
+    """Rows without what the clock says."""
+    return [(row.lr, row.train_loss, row.train_accuracy, row.val_loss, row.test_loss, row.test_accuracy)
+            for row in history.epochs]
+
+
+# Training
+
+
+def test_fit_overfits_one_batch(sample):
+    one = sample.take(np.arange(0, 200, 20))
+    loader = make_loader(one, evaluation_transform(), "cpu", Config(batch_size=10), shuffle=True)
+    model, optimizer = build()
+    history = main.fit_model(model, CPU, loader, loader, optimizer, epochs=60, precision="fp32")
+    assert history.epochs[-1].test_accuracy == 1.0
+    assert history.epochs[-1].train_loss < 0.1 < history.epochs[0].train_loss
+
+
+def test_same_seed_gives_the_same_weights_and_history(loaders):
+    (one, first), (two, second) = fit(loaders), fit(loaders)
+    assert torch.equal(weights(one), weights(two)) and untimed(first) == untimed(second)
+
+
+def test_another_seed_gives_another_dropout(loaders):
+    assert not torch.equal(weights(fit(loaders, seed=0)[0]), weights(fit(loaders, seed=1)[0]))
+
+
+def test_looking_changes_nothing(loaders, tmp_path):
+    plain, _ = fit(loaders)
+    train, test = loaders
+    model, optimizer = build(dropout=0.2)
+    scheduler = utils.one_cycle(optimizer, 0.01, epochs=2, steps_per_epoch=6)
+    utils.summarize(model)
+    next(iter(train)), main.predict(model, CPU, test)
+    main.fit_model(model, CPU, train, test, optimizer, scheduler, 2, precision="fp32",
+                   val_loader=test, folder=tmp_path)
+    assert torch.equal(weights(plain), weights(model))
+
+
+def test_training_leaves_the_global_random_state_alone(loaders):
+    model, optimizer = build()
+    torch.manual_seed(5)
+    state = torch.get_rng_state()
+    main.train(model, CPU, loaders[0], optimizer)
+    assert torch.equal(state, torch.get_rng_state())
+
+
+def test_the_recorded_rates_are_those_that_the_steps_used(loaders):
+    model, optimizer = build()
+    scheduler = utils.one_cycle(optimizer, 0.01, epochs=2, steps_per_epoch=6)
+    used, step = [], optimizer.step
+    optimizer.step = lambda *a, **k: used.append(optimizer.param_groups[0]["lr"]) or step(*a, **k)
+    optimizer.step._wrapped_by_lr_sched = True
+    optimizer._opt_called = True
+    history = main.fit_model(model, CPU, *loaders, optimizer, scheduler, 2, precision="fp32")
+    assert history.lrs == used and len(used) == 12
+    assert [row.lr for row in history.epochs] == [used[5], used[11]]
+
+
+def test_plain_epochs_of_train_see_new_augmentations_each_time(loaders):
+    model, optimizer = build()
+    for _ in range(2):
+        main.train(model, CPU, loaders[0], optimizer, precision="fp32")
+    assert loaders[0].sampler.epoch == 3
+
+
+def test_test_loss_is_per_image_whatever_the_batch_size(sample):
+    model, _ = build()
+    stats = [
+        main.test(model, CPU, make_loader(sample, evaluation_transform(), "cpu", Config(batch_size=size)),
+                  precision="fp32")
+        for size in (200, 64, 7)  # the last batch of 64 has 8 images, that of 7 has 4
+    ]
+    for other in stats[1:]:
+        assert other == pytest.approx(stats[0], rel=1e-5)
+
+
+def test_train_loss_is_per_image_when_the_last_batch_is_short():
+    images, labels = torch.randn(10, 3, 32, 32), torch.arange(10)
+    model, _ = build()
+    frozen = torch.optim.SGD(model.parameters(), lr=0.0)
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.momentum, module.forward = 0.0, lambda x: x  # else each batch has its own statistics
+    stats = main.train(model, CPU, DataLoader(TensorDataset(images, labels), 8), frozen, precision="fp32")
+    expected = nn.functional.cross_entropy(model(images), labels).item()
+    assert stats.loss == pytest.approx(expected, rel=1e-5)
+
+
+def test_testing_and_predicting_change_nothing_and_agree(loaders):
+    model, _ = build()
+    model.train()
+    before = weights(model)
+    stats, predictions = main.test(model, CPU, loaders[1]), main.predict(model, CPU, loaders[1])
+    assert model.training and torch.equal(before, weights(model))
+    assert stats.accuracy == pytest.approx(predictions.accuracy)
+    assert predictions.probabilities.sum(1) == pytest.approx(np.ones(200), abs=1e-5)
+
+
+@pytest.mark.parametrize(("precision", "dtype"), utils.PRECISIONS.items())
+def test_the_forward_pass_runs_in_the_precision_asked_for(loaders, precision, dtype):
+    model, optimizer = build()
+    seen = set()
+    model.linear.register_forward_hook(lambda module, inputs, output: seen.add(output.dtype))
+    stats = main.train(model, CPU, loaders[0], optimizer, precision=precision)
+    main.test(model, CPU, loaders[1], precision=precision)
+    assert seen == {dtype} and math.isfinite(stats.loss)
+    assert all(p.dtype == torch.float32 for p in model.parameters())
+
+
+def test_label_smoothing_reaches_the_loss(loaders):
+    losses = []
+    for smoothing in (0.0, 0.5):
+        model, _ = build()
+        frozen = torch.optim.SGD(model.parameters(), lr=0.0)
+        losses.append(
+            main.train(model, CPU, loaders[0], frozen, label_smoothing=smoothing, precision="fp32").loss
+        )
+    assert losses[0] != pytest.approx(losses[1], rel=1e-3)
+
+
+def test_fit_prints_one_head_and_one_row_an_epoch(loaders, capsys):
+    fit(loaders, epochs=3)
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].split() == "epoch lr train loss acc test loss acc seconds images/s".split()
+    assert [line.split()[0] for line in lines[1:]] == ["1", "2", "3"]
+    assert len({len(line) for line in lines}) == 1
+
+
+def test_with_a_validation_set_the_test_set_is_looked_at_once_at_the_end(loaders, capsys):
+    _, history = fit(loaders, epochs=3, val_loader=loaders[1])
+    assert [row.test_accuracy is None for row in history.epochs] == [True, True, False]
+    assert all(row.val_accuracy is not None for row in history.epochs)
+    lines = capsys.readouterr().out.splitlines()
+    assert "val loss" in lines[0] and len({len(line) for line in lines}) == 1
+
+
+def test_a_loss_that_is_not_finite_stops_training_before_the_update(loaders):
+    model, optimizer = build()
+    nn.init.constant_(model.linear.bias, math.inf)
+    before = [p.clone() for p in model.parameters()]
+    with pytest.raises(FloatingPointError, match=r"the loss is nan at epoch 4, step 1, learning rate 0.01"):
+        main.train(model, CPU, loaders[0], optimizer, epoch=4)
+    assert all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
+
+
+def test_unknown_optimizer_names_the_choices(tiny):
+    with pytest.raises(ValueError, match="unknown optimizer 'lion'; choose from adam, adamw, sgd"):
+        main.make_optimizer("lion", tiny)
+
+
+def test_sgd_has_nesterov_momentum(tiny):
+    group = main.make_optimizer("sgd", tiny, 0.1, 5e-4).param_groups[0]
+    assert (group["nesterov"], group["momentum"], group["weight_decay"]) == (True, 0.9, 5e-4)
+
+
+# The command line
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """The folder of a short run."""
+    folder = tmp_path_factory.mktemp("runs") / "smoke"
+    assert main.main([*SMOKE, "--output", str(folder)]) == 0
+    return folder
+
+
+def test_a_run_leaves_everything_in_its_folder(finished):
+    names = {path.name for path in finished.iterdir()}
+    assert names == {"config.json", "environment.json", "summary.txt", "history.json", "history.csv",
+                     "weights.safetensors", "tensorboard", "figures", "report.md"}
+    assert Config(**json.loads((finished / "config.json").read_text())).max_train_batches == 3
+
+
+def test_tensorboard_has_every_epoch_and_every_rate(finished):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(finished / "tensorboard")).Reload()
+    history = utils.History.load(finished)
+    assert set(events.Tags()["scalars"]) == {"loss/train", "loss/test", "accuracy/train", "accuracy/test", "lr"}
+    assert [e.value for e in events.Scalars("lr")] == pytest.approx(history.lrs)
+    assert [e.value for e in events.Scalars("loss/test")] == pytest.approx(
+        [row.test_loss for row in history.epochs])
+
+
+def test_command_line_and_library_give_the_same_history(finished):
+    config = Config(**json.loads((finished / "config.json").read_text()))
+    loaders = data.make_loaders(config)
+    utils.seed_everything(config.seed)
+    model = models.make_model("custom_resnet", width=4)
+    optimizer = main.make_optimizer("adam", model)
+    scheduler = utils.one_cycle(optimizer, 0.01, epochs=2, steps_per_epoch=3)
+    history = main.fit_model(model, CPU, loaders.train, loaders.test, optimizer, scheduler, 2,
+                             precision="fp32", max_train_batches=3, max_test_batches=2)
+    assert untimed(history) == untimed(utils.History.load(finished))
+
+
+@pytest.mark.parametrize("name", ["", "weights.safetensors"])
+def test_saved_weights_test_as_they_are(finished, name, capsys):
+    from checkpoint import load_weights
+
+    assert main.main(["test", str(finished / name), "--precision", "fp32"]) == 0
+    printed = capsys.readouterr().out
+    model, card = load_weights(finished)
+    split = data.load_split("cifar10-sample", "test")
+    loader = make_loader(split, evaluation_transform(), "cpu", Config(batch_size=100))
+    stats = main.test(model, CPU, loader, precision="fp32")
+    assert f"test loss {stats.loss:.4f}, accuracy {stats.accuracy:.2%} of 1,000 images" in printed
+    assert card["classes"] == list(data.CLASSES)
+
+
+def test_predict_names_the_most_probable_classes(finished, tmp_path, sample, capsys):
+    from checkpoint import load_weights
+
+    paths = [str(tmp_path / f"{k}.png") for k in range(2)]
+    for path, image in zip(paths, sample.images, strict=False):
+        Image.fromarray(image).save(path)
+    assert main.main(["predict", str(finished), *paths, "--top", "2", "--precision", "fp32"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    model, card = load_weights(finished)
+    with torch.no_grad():
+        first = model.eval()(normalize(sample.images[:1])).softmax(1)[0]
+    best = [f"{card['classes'][k]} {first[k]:.1%}" for k in first.argsort(descending=True)[:2]]
+    assert lines[0] == f"{paths[0]}: {', '.join(best)}" and len(lines) == 2
+
+
+def test_find_lr_writes_its_figure_and_suggestions(tmp_path, capsys):
+    flags = ["--dataset", "cifar10-sample", "--width", "4", "--batch-size", "64", "--precision", "fp32"]
+    assert main.main(["find-lr", *flags, "--output", str(tmp_path / "f")]) == 0
+    assert {path.name for path in (tmp_path / "f").iterdir()} == {"lr_finder.json", "lr_finder.png"}
+    assert re.search(r"range test, \d+ steps: start \S+, steepest", capsys.readouterr().out)
+
+
+def test_a_found_rate_is_the_peak_of_the_run_and_start_its_first(tmp_path, monkeypatch):
+    found = utils.LRFinderResult([1e-4, 1e-3], [2.0, 1.0], {"start": 5e-4, "valley": 0.002, "minimum": 0.02,
+                                                           "steepest": 1.0, "minimum_over_ten": 1.0})
+    monkeypatch.setattr(main, "find_lr", lambda *args, **options: found)
+    flags = [flag for flag in SMOKE if flag not in ("--lr", "0.01")]
+    assert main.main([*flags, "--lr-rule", "minimum", "--output", str(tmp_path / "r")]) == 0
+    history = utils.History.load(tmp_path / "r")
+    assert history.lrs[0] == pytest.approx(5e-4) and max(history.lrs) <= 0.02
+    assert "used as" in (tmp_path / "r/report.md").read_text()
+
+
+def test_a_constant_rate_needs_no_schedule(tmp_path):
+    assert main.main([*SMOKE, "--scheduler", "none", "--output", str(tmp_path / "r")]) == 0
+    assert utils.History.load(tmp_path / "r").lrs == [0.01] * 6
+
+
+def test_a_report_can_be_written_again(finished, capsys):
+    before = (finished / "report.md").read_text()
+    (finished / "report.md").unlink()
+    assert main.main(["report", str(finished), "--precision", "fp32"]) == 0
+    assert (finished / "report.md").read_text() == before
+
+
+def test_a_run_that_diverges_exits_with_1_and_keeps_what_it_had(tmp_path, capsys):
+    flags = [*SMOKE, "--optimizer", "sgd", "--epochs", "5", "--scheduler", "none", "--output", str(tmp_path / "r")]
+    assert main.main([*flags, "--lr", "1e30"]) == 1
+    printed = capsys.readouterr()
+    assert re.fullmatch(r"main.py: the loss is (nan|inf) at epoch 1, step 2, .*\n", printed.err)
+
+
+BAD = [
+    (["--model", "vgg"], "unknown model"),
+    (["fly"], "unknown command 'fly'; choose from train, test, predict, find-lr, report"),
+    (["--recipe", "fast"], "unknown recipe"),
+    (["--dataset", "mnist"], "unknown dataset"),
+    (["--lr", "-1"], "lr must be positive"),
+    (["--epochs", "0"], "epochs must be at least 1"),
+    ([*SMOKE, "--batch-size", "5000"], "batch_size must be at most"),
+    ([*SMOKE, "--device", "tpu"], "there is no device 'tpu'"),
+    (["--dataset", "folder", "--data", "nowhere"], "there is no folder nowhere"),
+    (["test", "nowhere"], "there is no weights file nowhere"),
+    (["predict", "nowhere", "image.png"], "there is no weights file"),
+    (["predict", "RUN"], "required: images"),
+    (["predict", "RUN", "README.md"], "README.md is no readable image"),
+    (["predict", "RUN", "absent.png"], "absent.png is no readable image (No such file"),
+    (["test", "README.md"], "README.md is no weights file of this package"),
+    (["report", "nowhere"], "there is no weights file nowhere"),
+    ([*SMOKE, "--output", "RUN"], "is there already; choose another or remove it"),
+    (["test"], "required: weights"),
+]
+
+
+@pytest.mark.parametrize(("argv", "message"), BAD)
+def test_bad_input_is_one_line_and_exit_code_2(argv, message, finished, capsys, monkeypatch):
+    argv = [str(finished) if word == "RUN" else word for word in argv]
+    try:
+        code = main.main(argv)
+    except SystemExit as stop:
+        code = stop.code
+    printed = capsys.readouterr()
+    assert code == 2 and message in printed.err
+    assert printed.err.count("\n") == 1 and printed.err.startswith("main.py")
+
+
+def test_a_refused_run_leaves_no_folder(tmp_path):
+    assert main.main([*SMOKE, "--batch-size", "5000", "--output", str(tmp_path / "r")]) == 2
+    assert not (tmp_path / "r").exists()
+
+
+def test_weights_of_another_shape_are_refused(finished, tmp_path):
+    from safetensors.torch import save_file
+
+    from checkpoint import load_weights
+
+    _, card = load_weights(finished)
+    wide = models.make_model("custom_resnet", width=8).state_dict()
+    save_file(wide, tmp_path / "w.safetensors", metadata={"card": json.dumps(card)})
+    with pytest.raises(ValueError, match="no weights file of this package .*size mismatch"):
+        load_weights(tmp_path / "w.safetensors")

@@ -1,0 +1,64 @@
+import json
+import re
+
+import numpy as np
+import pytest
+
+import main
+from checkpoint import load_weights
+from config import Config
+from data import make_loaders
+from report import write_report
+from utils import History, Predictions
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """The folder of a short run with range test and validation set."""
+    folder = tmp_path_factory.mktemp("runs") / "smoke"
+    flags = ["--dataset", "cifar10-sample", "--width", "4", "--batch-size", "64", "--epochs", "2",
+             "--val-split", "0.1", "--max-train-batches", "3", "--precision", "fp32"]
+    assert main.main([*flags, "--output", str(folder)]) == 0
+    return folder
+
+
+def test_the_report_has_what_the_exercise_hands_in(finished):
+    text = (finished / "report.md").read_text()
+    heads = re.findall(r"^## (.*)$", text, re.M)
+    assert heads == ["Data", "Network", "Learning rate", "Training", "Classes", "Mistakes", "Configuration"]
+    figures = re.findall(r"!\[[^]]+\]\(figures/(\w+)\.png\)", text)
+    assert figures == ["samples", "lr_finder", "curves", "lr_history", "confusion_matrix", "misclassified",
+                       "gradcam_layer1", "gradcam_layer2"]
+    assert {path.stem for path in (finished / "figures").iterdir()} == set(figures)
+    assert "Kernel Shape" in text and "| lr_rule |" in text
+
+
+def test_the_reports_numbers_are_those_of_the_history_and_of_the_saved_weights(finished):
+    text = (finished / "report.md").read_text()
+    last = History.load(finished).epochs[-1]
+    model, card = load_weights(finished)
+    loaders = make_loaders(Config(**card["config"]))
+    predictions = main.predict(model, "cpu", loaders.test, precision="fp32")
+    assert f"**{predictions.accuracy:.2%}**" in text and predictions.accuracy == last.test_accuracy
+    assert f"| validation accuracy | {last.val_accuracy:.2%} |" in text
+    assert "3,600 train + 400 validation + 1,000 test images of 10 classes" in text
+    recall = (predictions.predicted == 0)[predictions.labels == 0].mean()
+    assert re.search(rf"\| airplane \| [\d.]+% \| {recall:.1%} \|", text)
+
+
+def test_a_run_without_mistakes_has_a_report(finished, tmp_path):
+    for name in ("config.json", "environment.json", "summary.txt", "history.json"):
+        (tmp_path / name).write_bytes((finished / name).read_bytes())
+    model, card = load_weights(finished)
+    loaders = make_loaders(Config(**card["config"]))
+    labels = loaders.test.dataset.split.labels
+    perfect = Predictions(np.eye(10, dtype=np.float32)[labels], labels)
+    text = write_report(tmp_path, model, loaders, perfect).read_text()
+    assert "**100.00%**" in text and "\n0 of 1,000 test images are misclassified" in text
+
+
+def test_the_report_tells_how_to_run_it_again(finished):
+    environment = json.loads((finished / "environment.json").read_text())
+    assert set(environment) == {"machine", "versions", "command"}
+    text = (finished / "report.md").read_text()
+    assert environment["command"] in text and environment["versions"] in text
