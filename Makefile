@@ -8,6 +8,7 @@ demo: .venv/run
 
 test: .venv/dev
 	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
 	$(BIN)/python -m pytest
 
 .venv/run: requirements.txt constraints.txt

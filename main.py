@@ -1,10 +1,10 @@
 """Trains, tests, fits and predicts; the command line of the package.
 
-    python main.py --recipe quick              train, and write a report
-    python main.py test RUN                    evaluate a run folder or a weights file
-    python main.py predict RUN IMAGE...        classes and probabilities of image files
-    python main.py find-lr --recipe quick      the range test alone
-    python main.py report RUN                  write a run's report again
+python main.py --recipe quick              train, and write a report
+python main.py test RUN                    evaluate a run folder or a weights file
+python main.py predict RUN IMAGE...        classes and probabilities of image files
+python main.py find-lr --recipe quick      the range test alone
+python main.py report RUN                  write a run's report again
 """
 
 import contextlib
@@ -88,7 +88,7 @@ def train(
     epoch = start_epoch(train_loader, epoch)
     lrs = [] if lrs is None else lrs
     model.to(device, memory_format=torch.channels_last).train()
-    totals = torch.zeros(2, device=device, dtype=torch.float64)  # loss and hits, summed over images
+    totals = torch.zeros(2, device=device)  # loss and hits, summed over images
     seen = 0
     with random_state_kept(device):
         for step, (images, labels) in enumerate(progress(train_loader, f"epoch {epoch}", max_batches)):
@@ -121,7 +121,7 @@ def train_step(
     scaler.step(optimizer)
     scaler.update()
     hits = (logits.argmax(1) == labels).sum()
-    return torch.stack([loss.detach().double() * len(labels), hits.double()])
+    return torch.stack([loss.detach().float() * len(labels), hits.float()])
 
 
 def test(
@@ -134,8 +134,8 @@ def test(
 ) -> Stats:
     """Mean cross-entropy and accuracy over every image of a loader, each counted once."""
     logits, labels = forward_all(model, device, test_loader, precision, max_batches)
-    hits = (logits.argmax(1) == labels).double().mean()
-    return Stats(F.cross_entropy(logits, labels).item(), hits.item())
+    hits = (logits.argmax(1) == labels).sum().item()
+    return Stats(F.cross_entropy(logits, labels).item(), hits / len(labels))
 
 
 def predict(
@@ -208,20 +208,28 @@ def fit_model(
         for epoch in range(1, epochs + 1):
             start, first = time.perf_counter(), len(history.lrs)
             trained = train(
-                model, device, train_loader, optimizer, scheduler, epoch=epoch, precision=precision,
-                label_smoothing=label_smoothing, scaler=scaler, seed=seed,
-                max_batches=max_train_batches, lrs=history.lrs,
+                model,
+                device,
+                train_loader,
+                optimizer,
+                scheduler,
+                epoch=epoch,
+                precision=precision,
+                label_smoothing=label_smoothing,
+                scaler=scaler,
+                seed=seed,
+                max_batches=max_train_batches,
+                lrs=history.lrs,
             )
             middle = time.perf_counter()
-            validated = test(model, device, val_loader, **evaluate) if val_loader else None
-            judge_test = val_loader is None or epoch == epochs
-            tested = test(model, device, test_loader, **evaluate) if judge_test else None
+            stats = {"train": trained}
+            if val_loader is not None:
+                stats["val"] = test(model, device, val_loader, **evaluate)
+            if val_loader is None or epoch == epochs:
+                stats["test"] = test(model, device, test_loader, **evaluate)
             images = (len(history.lrs) - first) * batch_size_of(train_loader)
-            row = Epoch(
-                epoch=epoch, lr=history.lrs[-1], **columns("train", trained),
-                **columns("val", validated), **columns("test", tested),
-                seconds=time.perf_counter() - start, images_per_second=images / (middle - start),
-            )
+            speed = images / (middle - start)
+            row = make_row(epoch, history.lrs[-1], stats, time.perf_counter() - start, speed)
             history.epochs.append(row)
             print_row(row, header=epoch == 1)
             if folder is not None:
@@ -271,19 +279,25 @@ def progress(loader, name: str, max_batches: int | None):
     total = len(loader) if max_batches is None else min(len(loader), max_batches)
     watched = sys.stdout.isatty() or "google.colab" in sys.modules
     return tqdm(
-        itertools.islice(loader, max_batches), name, total, leave=False, file=sys.stdout,
-        disable=not watched, mininterval=0.5,
+        itertools.islice(loader, max_batches),
+        name,
+        total,
+        leave=False,
+        file=sys.stdout,
+        disable=not watched,
+        mininterval=0.5,
     )
 
 
-def columns(part: str, stats: Stats | None) -> dict:
-    """Stats as the fields of an `Epoch`."""
-    return {} if stats is None else {f"{part}_{name}": value for name, value in stats._asdict().items()}
+def make_row(epoch: int, lr: float, stats: dict[str, Stats], seconds: float, speed: float) -> Epoch:
+    """An `Epoch` from the stats of each part that was measured."""
+    columns = {f"{part}_{name}": x for part, s in stats.items() for name, x in s._asdict().items()}
+    return Epoch(epoch=epoch, lr=lr, seconds=seconds, images_per_second=speed, **columns)
 
 
 def print_row(row: Epoch, header: bool) -> None:
     """One line of the training table, after its head if `header`."""
-    parts = [part for part in ("train", "val", "test") if part in ("train", "test") or row.val_loss]
+    parts = ["train", "test"] if row.val_loss is None else ["train", "val", "test"]
     if header:
         heads = "".join(f"{part + ' loss':>12}{'acc':>8}" for part in parts)
         print(f"{'epoch':>5}{'lr':>11}{heads}{'seconds':>9}{'images/s':>10}")
@@ -332,13 +346,23 @@ def run(config: Config) -> Path:
     print(f"{config.model} on {config.dataset}, {device}, {dtype}, seed {config.seed}, in {folder}")
     scheduler = schedule(config, model, device, loaders, optimizer, folder)
     fit_model(
-        model, device, loaders.train, loaders.test, optimizer, scheduler, config.epochs,
-        val_loader=loaders.validation, precision=config.precision,
-        label_smoothing=config.label_smoothing, seed=config.seed,
-        max_train_batches=config.max_train_batches, max_test_batches=config.max_test_batches,
-        folder=folder, card=make_card(config, loaders),
+        model,
+        device,
+        loaders.train,
+        loaders.test,
+        optimizer,
+        scheduler,
+        config.epochs,
+        val_loader=loaders.validation,
+        precision=config.precision,
+        label_smoothing=config.label_smoothing,
+        seed=config.seed,
+        max_train_batches=config.max_train_batches,
+        max_test_batches=config.max_test_batches,
+        folder=folder,
+        card=make_card(config, loaders),
     )
-    report(folder, config, device, model, loaders)
+    report_run(folder, config, device, model, loaders)
     return folder
 
 
@@ -365,8 +389,12 @@ def schedule(config: Config, model, device, loaders: Loaders, optimizer, folder:
             group["lr"] = high
         return None
     return one_cycle(
-        optimizer, high, epochs=config.epochs, steps_per_epoch=steps_per_epoch(config, loaders),
-        peak_epoch=config.peak_epoch, min_lr=low and min(low, high / 10),
+        optimizer,
+        high,
+        epochs=config.epochs,
+        steps_per_epoch=steps_per_epoch(config, loaders),
+        peak_epoch=config.peak_epoch,
+        min_lr=low and min(low, high / 10),
     )
 
 
@@ -380,7 +408,11 @@ def range_test(
 ) -> LRFinderResult:
     """`find_lr` as the run trains; the result is printed and kept as lr_finder.json."""
     found = find_lr(
-        model, device, loaders.train, optimizer, precision=config.precision,
+        model,
+        device,
+        loaders.train,
+        optimizer,
+        precision=config.precision,
         label_smoothing=config.label_smoothing,
     )
     write_text(folder / "lr_finder.json", json.dumps(asdict(found)))
@@ -401,13 +433,17 @@ def make_card(config: Config, loaders: Loaders) -> dict:
     """What goes with the weights, so that they can be used without the run."""
     program, split = loaders.test.dataset.program, loaders.test.dataset.split
     return {
-        "model": config.model, "options": config.model_options, "image_size": config.image_size,
-        "classes": list(split.classes), "mean": list(program.mean), "std": list(program.std),
+        "model": config.model,
+        "options": config.model_options,
+        "image_size": config.image_size,
+        "classes": list(split.classes),
+        "mean": list(program.mean),
+        "std": list(program.std),
         "config": asdict(config),
     }
 
 
-def report(folder: Path, config: Config, device, model, loaders: Loaders) -> None:
+def report_run(folder: Path, config: Config, device, model, loaders: Loaders) -> None:
     """Predict the test set and write the run's report, then say where it is."""
     from report import write_report  # matplotlib takes a second, which a short command need not wait
 
@@ -473,7 +509,7 @@ def report_command(argv: list[str]) -> None:
     config = replace(
         Config(**card["config"]), data=given.data or card["config"]["data"], precision=given.precision
     )
-    report(folder, config, device, model, make_loaders(config, device))
+    report_run(folder, config, device, model, make_loaders(config, device))
 
 
 def read_model(parser, argv: list[str], images: bool = False):

@@ -87,8 +87,13 @@ def draw_results(folder: Path, model: nn.Module, dataset, predictions: Predictio
     }
     for layer in layers:
         figures[f"gradcam_{layer}"] = plot_gradcam(
-            model, images, predictions, classes, layer=layer,
-            mean=dataset.program.mean, std=dataset.program.std,
+            model,
+            images,
+            predictions,
+            classes,
+            layer=layer,
+            mean=dataset.program.mean,
+            std=dataset.program.std,
         )
     save_figures(folder, figures)
     return layers
@@ -128,12 +133,14 @@ def headline(config: dict, environment: dict, history: History, predictions: Pre
         ["machine", environment["machine"]],
         ["versions", environment["versions"]],
     ]
-    return "\n\n".join([
-        f"# {config['model']} on {config['dataset']}: {predictions.accuracy:.2%}",
-        "Accuracy is that of the last epoch; nothing was chosen by looking at the test set.",
-        table(["", "this run"], facts),
-        f"To run it again:\n\n```\n{environment['command']}\n```",
-    ])
+    return "\n\n".join(
+        [
+            f"# {config['model']} on {config['dataset']}: {predictions.accuracy:.2%}",
+            "Accuracy is that of the last epoch; nothing was chosen by looking at the test set.",
+            table(["", "this run"], facts),
+            f"To run it again:\n\n```\n{environment['command']}\n```",
+        ]
+    )
 
 
 def median_speed(history: History) -> float:
@@ -145,17 +152,20 @@ def data_section(loaders) -> str:
     """What was trained on, and how it looks after augmentation."""
     sizes = [
         f"{len(loader.dataset.split):,} {name}"
-        for name, loader in loaders._asdict().items() if loader is not None
+        for name, loader in loaders._asdict().items()
+        if loader is not None
     ]
     split, program = loaders.train.dataset.split, loaders.test.dataset.program
     mean, std = (", ".join(f"{x:.8f}" for x in values) for values in (program.mean, program.std))
-    return "\n\n".join([
-        "## Data",
-        f"{' + '.join(sizes)} images of {len(split.classes)} classes, "
-        f"{split.images.shape[2]} x {split.images.shape[1]} px. Normalised with mean {mean} "
-        f"and standard deviation {std}.",
-        figure("samples", "The first training batch as the network sees it, normalisation undone"),
-    ])
+    return "\n\n".join(
+        [
+            "## Data",
+            f"{' + '.join(sizes)} images of {len(split.classes)} classes, "
+            f"{split.images.shape[2]} x {split.images.shape[1]} px. Normalised with mean {mean} "
+            f"and standard deviation {std}.",
+            figure("samples", "The first training batch as the network sees it, normalisation undone"),
+        ]
+    )
 
 
 def model_section(summary: str) -> str:
@@ -171,13 +181,15 @@ def finder_section(config: dict, found: LRFinderResult | None) -> str:
         [rule.replace("_", " "), f"{rate:.3e}", "peak" if rule == config["lr_rule"] else ""]
         for rule, rate in found.suggestions.items()
     ]
-    return "\n\n".join([
-        "## Learning rate",
-        f"A range test of {len(found.lrs)} steps on a copy of the network, from {found.lrs[0]:.0e} up. "
-        "`start` is where the loss begins to fall.",
-        table(["rule", "rate", "used as"], rows),
-        figure("lr_finder", "Loss against learning rate"),
-    ])
+    return "\n\n".join(
+        [
+            "## Learning rate",
+            f"A range test of {len(found.lrs)} steps on a copy of the network, from {found.lrs[0]:.0e} "
+            "up. `start` is where the loss begins to fall: the first rate of the schedule.",
+            table(["rule", "rate", "used as"], rows),
+            figure("lr_finder", "Loss against learning rate"),
+        ]
+    )
 
 
 def training_section(history: History) -> str:
@@ -191,12 +203,14 @@ def training_section(history: History) -> str:
             loss, accuracy = getattr(row, f"{part}_loss"), getattr(row, f"{part}_accuracy")
             cells += ["", ""] if loss is None else [f"{loss:.4f}", f"{accuracy:.2%}"]
         rows.append([*cells, f"{row.seconds:.1f}", f"{row.images_per_second:,.0f}"])
-    return "\n\n".join([
-        "## Training",
-        table([*heads, "seconds", "images/s"], rows),
-        figure("curves", "Loss and accuracy by epoch"),
-        figure("lr_history", "Learning rate by step"),
-    ])
+    return "\n\n".join(
+        [
+            "## Training",
+            table([*heads, "seconds", "images/s"], rows),
+            figure("curves", "Loss and accuracy by epoch"),
+            figure("lr_history", "Learning rate by step"),
+        ]
+    )
 
 
 def classes_section(predictions: Predictions, classes) -> str:
@@ -210,25 +224,29 @@ def classes_section(predictions: Predictions, classes) -> str:
         [name, f"{precision:.1%}", f"{recall:.1%}", f"{f1:.3f}", f"{count:,}"]
         for name, precision, recall, f1, count in zip(classes, *scores, strict=True)
     ]
-    return "\n\n".join([
-        "## Classes",
-        table(["class", "precision", "recall", "F1", "images"], rows),
-        figure("confusion_matrix", "Confusion matrix"),
-    ])
+    return "\n\n".join(
+        [
+            "## Classes",
+            table(["class", "precision", "recall", "F1", "images"], rows),
+            figure("confusion_matrix", "Confusion matrix"),
+        ]
+    )
 
 
 def mistakes_section(predictions: Predictions, layers: list[str]) -> str:
     """Misclassified images, and where the network looked."""
     cams = [figure(f"gradcam_{layer}", f"Grad-CAM at {layer}") for layer in layers]
-    return "\n\n".join([
-        "## Mistakes",
-        f"{len(predictions.misclassified()):,} of {len(predictions.labels):,} test images are "
-        "misclassified. Shown are those that the network was surest of.",
-        figure("misclassified", "Most confident mistakes"),
-        "Grad-CAM shows where a layer sees evidence for a class, here for the true one and for the "
-        "one predicted instead.",
-        *cams,
-    ])
+    return "\n\n".join(
+        [
+            "## Mistakes",
+            f"{len(predictions.misclassified()):,} of {len(predictions.labels):,} test images are "
+            "misclassified. Shown are those that the network was surest of.",
+            figure("misclassified", "Most confident mistakes"),
+            "Grad-CAM shows where a layer sees evidence for a class, here for the true one and for the "
+            "one predicted instead.",
+            *cams,
+        ]
+    )
 
 
 def configuration_section(config: dict) -> str:

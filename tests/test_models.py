@@ -15,8 +15,13 @@ PUBLISHED = [  # network, options, parameters
 MULTIPLY_ADDS = {"custom_resnet": 379.27e6, "resnet18": 555.42e6, "resnet34": 1159.40e6}
 STAGES = {
     "custom_resnet": {"prep": (64, 32), "layer1": (128, 16), "layer2": (256, 8), "layer3": (512, 4)},
-    "resnet18": {"conv1": (64, 32), "layer1": (64, 32), "layer2": (128, 16), "layer3": (256, 8),
-                 "layer4": (512, 4)},
+    "resnet18": {
+        "conv1": (64, 32),
+        "layer1": (64, 32),
+        "layer2": (128, 16),
+        "layer3": (256, 8),
+        "layer4": (512, 4),
+    },
 }
 STAGES["resnet34"] = STAGES["resnet18"]
 

@@ -16,8 +16,22 @@ from utils import History, Predictions
 def finished(tmp_path_factory):
     """The folder of a short run with range test and validation set."""
     folder = tmp_path_factory.mktemp("runs") / "smoke"
-    flags = ["--dataset", "cifar10-sample", "--width", "4", "--batch-size", "64", "--epochs", "2",
-             "--val-split", "0.1", "--max-train-batches", "3", "--precision", "fp32"]
+    flags = [
+        "--dataset",
+        "cifar10-sample",
+        "--width",
+        "4",
+        "--batch-size",
+        "64",
+        "--epochs",
+        "2",
+        "--val-split",
+        "0.1",
+        "--max-train-batches",
+        "3",
+        "--precision",
+        "fp32",
+    ]
     assert main.main([*flags, "--output", str(folder)]) == 0
     return folder
 
@@ -25,10 +39,26 @@ def finished(tmp_path_factory):
 def test_the_report_has_what_the_exercise_hands_in(finished):
     text = (finished / "report.md").read_text()
     heads = re.findall(r"^## (.*)$", text, re.M)
-    assert heads == ["Data", "Network", "Learning rate", "Training", "Classes", "Mistakes", "Configuration"]
+    assert heads == [
+        "Data",
+        "Network",
+        "Learning rate",
+        "Training",
+        "Classes",
+        "Mistakes",
+        "Configuration",
+    ]
     figures = re.findall(r"!\[[^]]+\]\(figures/(\w+)\.png\)", text)
-    assert figures == ["samples", "lr_finder", "curves", "lr_history", "confusion_matrix", "misclassified",
-                       "gradcam_layer1", "gradcam_layer2"]
+    assert figures == [
+        "samples",
+        "lr_finder",
+        "curves",
+        "lr_history",
+        "confusion_matrix",
+        "misclassified",
+        "gradcam_layer1",
+        "gradcam_layer2",
+    ]
     assert {path.stem for path in (finished / "figures").iterdir()} == set(figures)
     assert "Kernel Shape" in text and "| lr_rule |" in text
 

@@ -15,10 +15,15 @@ PIPELINES = {
     "everything": train_transform(grayscale=0.5, cutout=16),
     "no crop": train_transform(padding=0),
     "only normalise": transforms.test_transform(),
-    "black border": A.Compose([
-        A.PadIfNeeded(41, 40, border_mode=0, fill=(9, 0, 200)), A.RandomCrop(32, 32),
-        A.CoarseDropout((1, 1), (5, 5), (9, 9), fill=7, p=0.5), A.Normalize(), ToTensorV2(),
-    ]),
+    "black border": A.Compose(
+        [
+            A.PadIfNeeded(41, 40, border_mode=0, fill=(9, 0, 200)),
+            A.RandomCrop(32, 32),
+            A.CoarseDropout((1, 1), (5, 5), (9, 9), fill=7, p=0.5),
+            A.Normalize(),
+            ToTensorV2(),
+        ]
+    ),
 }
 
 
@@ -30,8 +35,15 @@ def run_per_sample(compose, image, seed):
     applied = {name.split(".")[-1]: params for name, params in result["applied_transforms"]}
     left, top = applied["RandomCrop"]["crop_coords"][:2] if "RandomCrop" in applied else (0, 0)
     hole = applied["CoarseDropout"]["holes"][0] if "CoarseDropout" in applied else (0, 0, 0, 0)
-    decisions = (top, left, "HorizontalFlip" in applied, "ToGray" in applied,
-                 "CoarseDropout" in applied, hole[1], hole[0])
+    decisions = (
+        top,
+        left,
+        "HorizontalFlip" in applied,
+        "ToGray" in applied,
+        "CoarseDropout" in applied,
+        hole[1],
+        hole[0],
+    )
     return result["image"], decisions
 
 
@@ -72,8 +84,12 @@ def test_every_pair_of_decisions_is_independent(sample):
     program, _ = vectorize(train_transform(grayscale=0.5))
     draws = program.draw(np.random.default_rng(1), 4000, program.prepare(sample.images))
     halves = {
-        "top": draws.top > 4, "left": draws.left > 4, "flip": draws.flip, "gray": draws.gray,
-        "hole_top": draws.hole_top > 12, "hole_left": draws.hole_left > 12,
+        "top": draws.top > 4,
+        "left": draws.left > 4,
+        "flip": draws.flip,
+        "gray": draws.gray,
+        "hole_top": draws.hole_top > 12,
+        "hole_left": draws.hole_left > 12,
     }
     for first in halves:
         for second in halves:
@@ -125,22 +141,28 @@ def test_normalised_batches_are_channels_last(sample):
 END = [A.Normalize(), ToTensorV2()]
 
 
-@pytest.mark.parametrize(("steps", "reason"), [
-    ([A.Rotate(), *END], "Rotate is unknown or out of order"),
-    ([A.HorizontalFlip(), A.RandomCrop(8, 8), *END], "RandomCrop is unknown or out of order"),
-    ([A.HorizontalFlip(), A.HorizontalFlip(), *END], "HorizontalFlip is unknown or out of order"),
-    ([A.CoarseDropout((1, 2), (8, 8), (8, 8)), *END], "CoarseDropout has arguments"),
-    ([A.CoarseDropout((1, 1), (4, 8), (8, 8)), *END], "CoarseDropout has arguments"),
-    ([A.RandomCrop(8, 8, p=0.5), *END], "RandomCrop has arguments"),
-    ([A.ToGray(method="max"), *END], "ToGray has arguments"),
-    ([A.PadIfNeeded(40, 40, position="top_left"), *END], "PadIfNeeded has arguments"),
-    ([A.Normalize(normalization="image"), ToTensorV2()], "Normalize has arguments"),
-    ([A.HorizontalFlip()], "does not end in Normalize"),
-])
+@pytest.mark.parametrize(
+    ("steps", "reason"),
+    [
+        ([A.Rotate(), *END], "Rotate is unknown or out of order"),
+        ([A.HorizontalFlip(), A.RandomCrop(8, 8), *END], "RandomCrop is unknown or out of order"),
+        ([A.HorizontalFlip(), A.HorizontalFlip(), *END], "HorizontalFlip is unknown or out of order"),
+        ([A.CoarseDropout((1, 2), (8, 8), (8, 8)), *END], "CoarseDropout has arguments"),
+        ([A.CoarseDropout((1, 1), (4, 8), (8, 8)), *END], "CoarseDropout has arguments"),
+        ([A.RandomCrop(8, 8, p=0.5), *END], "RandomCrop has arguments"),
+        ([A.ToGray(method="max"), *END], "ToGray has arguments"),
+        ([A.PadIfNeeded(40, 40, position="top_left"), *END], "PadIfNeeded has arguments"),
+        ([A.Normalize(normalization="image"), ToTensorV2()], "Normalize has arguments"),
+        ([A.HorizontalFlip()], "does not end in Normalize"),
+    ],
+)
 def test_an_unknown_pipeline_has_no_batch_program_but_a_reason(steps, reason):
     program, found = vectorize(A.Compose(steps))
     assert program is None and reason in found
 
 
 def test_a_pipeline_that_runs_sometimes_has_no_batch_program():
-    assert vectorize(A.Compose(END, p=0.5)) == (None, "the pipeline has p=0.5, and a batch runs it always")
+    assert vectorize(A.Compose(END, p=0.5)) == (
+        None,
+        "the pipeline has p=0.5, and a batch runs it always",
+    )

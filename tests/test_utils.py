@@ -53,13 +53,13 @@ def test_no_rate_is_ever_negative_and_none_rises_after_the_peak(epochs, steps_pe
     used, after = rates(epochs, steps_per_epoch, peak_epoch=peak_epoch)
     every = [*used, after]
     assert min(every) > 0 and max(every) <= 0.1 * (1 + 1e-9)
-    assert (np.diff(every[int(used.argmax()):]) < 0).all()
+    assert (np.diff(every[int(used.argmax()) :]) < 0).all()
 
 
 def test_the_rate_starts_at_min_lr_is_linear_and_ends_at_a_hundredth_of_it():
     used, after = rates(10, 50, min_lr=0.02)
     assert used[0] == pytest.approx(0.02) and after == pytest.approx(0.0002)
-    up, down = used[: used.argmax() + 1], used[used.argmax():]
+    up, down = used[: used.argmax() + 1], used[used.argmax() :]
     assert np.allclose(np.diff(up, 2), 0) and np.allclose(np.diff(down, 2), 0)
 
 
@@ -69,10 +69,18 @@ def test_momentum_is_left_alone():
     assert optimizer.param_groups[0]["momentum"] == 0.9
 
 
-@pytest.mark.parametrize("options", [
-    {"max_lr": -1}, {"max_lr": 0}, {"max_lr": math.nan}, {"max_lr": math.inf},
-    {"max_lr": 0.1, "min_lr": 0.2}, {"max_lr": 0.1, "min_lr": -0.1}, {"max_lr": 0.1, "epochs": 0},
-])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"max_lr": -1},
+        {"max_lr": 0},
+        {"max_lr": math.nan},
+        {"max_lr": math.inf},
+        {"max_lr": 0.1, "min_lr": 0.2},
+        {"max_lr": 0.1, "min_lr": -0.1},
+        {"max_lr": 0.1, "epochs": 0},
+    ],
+)
 def test_an_impossible_schedule_is_refused(options):
     arguments = {"epochs": 2, "steps_per_epoch": 5} | options
     with pytest.raises(ValueError, match=r"rates must be|a schedule needs a step"):
@@ -97,7 +105,9 @@ def test_finding_a_rate_changes_nothing(tiny, loader):
     one_cycle(optimizer, 0.1, epochs=2, steps_per_epoch=6)  # leaves a mark that the library refuses
     tiny.eval()
     loader.sampler.set_epoch(7)
-    before = copy.deepcopy((tiny.state_dict(), optimizer.state_dict(), [p.grad for p in tiny.parameters()]))
+    before = copy.deepcopy(
+        (tiny.state_dict(), optimizer.state_dict(), [p.grad for p in tiny.parameters()])
+    )
     state = torch.get_rng_state(), np.random.get_state()[1].copy()
     find_lr(tiny, CPU, loader, optimizer, **SHORT)
     after = (tiny.state_dict(), optimizer.state_dict(), [p.grad for p in tiny.parameters()])
@@ -193,8 +203,13 @@ def test_an_empty_range_is_refused(tiny, loader):
 
 
 def row(epoch, **changes):
-    values = {"lr": 0.1, "train_loss": 2.0, "train_accuracy": 0.25, "seconds": 1.5,
-              "images_per_second": 100.0}
+    values = {
+        "lr": 0.1,
+        "train_loss": 2.0,
+        "train_accuracy": 0.25,
+        "seconds": 1.5,
+        "images_per_second": 100.0,
+    }
     return Epoch(epoch=epoch, **(values | changes))
 
 
@@ -228,17 +243,19 @@ def test_an_absent_device_is_refused(name):
         utils.get_device(name)
 
 
-@pytest.mark.parametrize(("capability", "expected"), [
-    ((7, 5), torch.float16), ((8, 0), torch.bfloat16), ((9, 0), torch.bfloat16),
-])
+@pytest.mark.parametrize(
+    ("capability", "expected"),
+    [((7, 5), torch.float16), ((8, 0), torch.bfloat16), ((9, 0), torch.bfloat16)],
+)
 def test_automatic_precision_on_a_gpu_follows_its_compute_capability(monkeypatch, capability, expected):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
     assert utils.pick_precision("auto", torch.device("cuda")) == expected
 
 
-@pytest.mark.parametrize(("capabilities", "expected"), [
-    ({}, torch.float32), ({"avx512_bf16": True}, torch.bfloat16), ({"amx_bf16": True}, torch.bfloat16),
-])
+@pytest.mark.parametrize(
+    ("capabilities", "expected"),
+    [({}, torch.float32), ({"avx512_bf16": True}, torch.bfloat16), ({"amx_bf16": True}, torch.bfloat16)],
+)
 def test_automatic_precision_on_a_cpu_follows_its_instructions(monkeypatch, capabilities, expected):
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: capabilities, raising=False)
     assert utils.pick_precision("auto", CPU) == expected

@@ -32,9 +32,16 @@ def texts(figure):
 def make_history(val=False):
     """Two epochs."""
     rows = [
-        Epoch(epoch=k, lr=0.1, train_loss=2.0 / k, train_accuracy=0.3 * k, seconds=1.0, images_per_second=9.0,
-              **({"val_loss": 1.5, "val_accuracy": 0.4} if val else {}),
-              **({"test_loss": 1.6, "test_accuracy": 0.35} if not val or k == 2 else {}))
+        Epoch(
+            epoch=k,
+            lr=0.1,
+            train_loss=2.0 / k,
+            train_accuracy=0.3 * k,
+            seconds=1.0,
+            images_per_second=9.0,
+            **({"val_loss": 1.5, "val_accuracy": 0.4} if val else {}),
+            **({"test_loss": 1.6, "test_accuracy": 0.35} if not val or k == 2 else {}),
+        )
         for k in (1, 2)
     ]
     return History(rows, [0.01, 0.1, 0.05, 0.001])
@@ -101,28 +108,36 @@ def test_the_confusion_matrix_keeps_classes_that_never_occur():
 # Grad-CAM
 
 
-@pytest.mark.parametrize(("name", "sides"), [
-    ("custom_resnet", {"prep": 32, "layer1": 16, "layer2": 8}),
-    ("resnet18", {"conv1": 32, "bn1": 32, "layer1": 32, "layer2": 16, "layer3": 8}),
-])
+@pytest.mark.parametrize(
+    ("name", "sides"),
+    [
+        ("custom_resnet", {"prep": 32, "layer1": 16, "layer2": 8}),
+        ("resnet18", {"conv1": 32, "bn1": 32, "layer1": 32, "layer2": 16, "layer3": 8}),
+    ],
+)
 def test_the_layers_allowed_at_32_pixels_leave_out_the_last_stage(name, sides):
     assert visualize.cam_layers(models.make_model(name, width=4)) == sides
 
 
 def test_a_map_under_5_by_5_is_refused_with_the_layers_that_are_allowed(tiny):
     images = torch.zeros(1, 3, 32, 32)
-    with pytest.raises(ValueError, match=r"layer3 has maps of 4 x 4.*choose from prep .32 px., layer1") as e:
+    with pytest.raises(
+        ValueError, match=r"layer3 has maps of 4 x 4.*choose from prep .32 px., layer1"
+    ) as e:
         gradcam(tiny, images, "layer3", [0])
     assert "layer3 (" not in str(e.value)
     assert gradcam(tiny, torch.randn(1, 3, 64, 64), "layer3", [0]).shape == (1, 64, 64)  # 8 x 8 there
 
 
-@pytest.mark.parametrize(("layer", "targets", "message"), [
-    ("layer9", [0], "unknown layer 'layer9'; choose from prep"),
-    ("linear", [0], "unknown layer 'linear'"),
-    ("layer2", [99], "targets must be 0 to 9, not 99 to 99"),
-    ("layer2", [0, 1], "2 targets for 1 images"),
-])
+@pytest.mark.parametrize(
+    ("layer", "targets", "message"),
+    [
+        ("layer9", [0], "unknown layer 'layer9'; choose from prep"),
+        ("linear", [0], "unknown layer 'linear'"),
+        ("layer2", [99], "targets must be 0 to 9, not 99 to 99"),
+        ("layer2", [0, 1], "2 targets for 1 images"),
+    ],
+)
 def test_a_map_that_cannot_be_is_refused(tiny, layer, targets, message):
     with pytest.raises(ValueError, match=message):
         gradcam(tiny, torch.zeros(1, 3, 32, 32), layer, targets)
@@ -156,15 +171,21 @@ def test_grad_cam_is_the_formula_of_the_paper(sample):
     expected = (weights * kept["a"]).sum(1, keepdim=True).relu().detach()
     expected = torch.nn.functional.interpolate(expected, size=32, mode="bilinear")[:, 0]
     flat = expected.flatten(1)
-    expected = (expected - flat.amin(1)[:, None, None]) / (1e-7 + flat.amax(1) - flat.amin(1))[:, None, None]
-    correlation = [np.corrcoef(a.ravel(), b.ravel())[0, 1] for a, b in zip(maps, expected.numpy(), strict=True)]
+    expected = (expected - flat.amin(1)[:, None, None]) / (1e-7 + flat.amax(1) - flat.amin(1))[
+        :, None, None
+    ]
+    correlation = [
+        np.corrcoef(a.ravel(), b.ravel())[0, 1] for a, b in zip(maps, expected.numpy(), strict=True)
+    ]
     assert min(correlation) > 0.95  # the library scales before it resizes
     assert maps.min() >= 0 and maps.max() <= 1
 
 
 def test_the_maps_for_two_classes_differ(tiny, sample):
     images = normalize(sample.images[:4])
-    assert not np.allclose(gradcam(tiny, images, "layer2", [0] * 4), gradcam(tiny, images, "layer2", [1] * 4))
+    assert not np.allclose(
+        gradcam(tiny, images, "layer2", [0] * 4), gradcam(tiny, images, "layer2", [1] * 4)
+    )
 
 
 def test_grad_cam_figure_has_three_pictures_a_mistake(sample, tiny):
