@@ -19,7 +19,8 @@ def save_weights(path: str | Path, model: nn.Module, card: dict) -> None:
         path: of the file; a previous one stays whole until the new one is.
         model: whose state dict is written, as it is.
         card: plain data: "model", "options" (keyword arguments of `make_model`), "classes", "mean",
-            "std", "image_size", and whatever else a reader may want.
+            "std", "image_size", and "config", the fields of the run, which `main.py test` and
+            `report` need.
     """
     path = Path(path)
     tensors = {name: tensor.contiguous() for name, tensor in model.state_dict().items()}
@@ -47,10 +48,10 @@ def load_weights(path: str | Path) -> tuple[nn.Module, dict]:
         with safe_open(path, framework="pt") as file:
             card = json.loads((file.metadata() or {})["card"])
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118, no mapping
-        with torch.random.fork_rng():
+        with torch.random.fork_rng([]):
             model = make_model(card["model"], len(card["classes"]), **card["options"])
         model.load_state_dict(tensors, strict=True)
     except (SafetensorError, OSError, KeyError, TypeError, ValueError, RuntimeError) as error:
-        reason = str(error).splitlines()[-1].strip()
+        reason = (str(error) or type(error).__name__).splitlines()[-1].strip()
         raise ValueError(f"{path} is no weights file of this package ({reason})") from None
     return model, card

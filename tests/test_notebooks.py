@@ -70,3 +70,4 @@ def test_the_notebook_runs_from_top_to_bottom_on_the_sample(name, tmp_path, monk
     ]
     assert len(pictures) == 8
     assert (tmp_path / "run" / "weights.safetensors").is_file()
+    assert (tmp_path / "run" / "report.md").is_file()

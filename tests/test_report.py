@@ -6,7 +6,7 @@ import pytest
 
 import main
 from checkpoint import load_weights
-from config import Config
+from config import Config, parse_config
 from data import make_loaders
 from report import write_report
 from utils import History, Predictions
@@ -16,22 +16,10 @@ from utils import History, Predictions
 def finished(tmp_path_factory):
     """The folder of a short run with range test and validation set."""
     folder = tmp_path_factory.mktemp("runs") / "smoke"
-    flags = [
-        "--dataset",
-        "cifar10-sample",
-        "--width",
-        "4",
-        "--batch-size",
-        "64",
-        "--epochs",
-        "2",
-        "--val-split",
-        "0.1",
-        "--max-train-batches",
-        "3",
-        "--precision",
-        "fp32",
-    ]
+    flags = (
+        "--dataset cifar10-sample --width 4 --batch-size 64 --epochs 2 --val-split 0.1 "
+        "--max-train-batches 3 --precision fp32"
+    ).split()
     assert main.main([*flags, "--output", str(folder)]) == 0
     return folder
 
@@ -87,8 +75,16 @@ def test_a_run_without_mistakes_has_a_report(finished, tmp_path):
     assert "**100.00%**" in text and "\n0 of 1,000 test images are misclassified" in text
 
 
-def test_the_report_tells_how_to_run_it_again(finished):
-    environment = json.loads((finished / "environment.json").read_text())
-    assert set(environment) == {"machine", "versions", "command"}
+def test_the_report_tells_how_to_run_it_again_and_where_it_ran(finished):
     text = (finished / "report.md").read_text()
-    assert environment["command"] in text and environment["versions"] in text
+    command = re.search(r"```\npython main.py (.*)\n```", text)[1]
+    assert parse_config(command.split()) == Config(**stored(finished, "config"))
+    environment = stored(finished, "environment")
+    assert environment["machine"] in text and environment["versions"] in text
+
+
+def stored(folder, name):
+    """A JSON file of a run folder; its `output` is not part of the description."""
+    content = json.loads((folder / f"{name}.json").read_text())
+    content.pop("output", None)
+    return content

@@ -149,9 +149,10 @@ def test_a_plain_dataloader_works_too(tiny):
 
 def test_a_failure_in_mid_test_leaves_the_model_as_it_was(tiny):
     dataset = TensorDataset(torch.randn(64, 3, 32, 32), torch.full((64,), 10))  # no such class
-    before = copy.deepcopy(tiny.state_dict())
+    before, state = copy.deepcopy(tiny.state_dict()), np.random.get_state()[1].copy()
     with pytest.raises(IndexError):
         find_lr(tiny, CPU, DataLoader(dataset, 16), make_optimizer("adam", tiny), steps=20)
+    assert np.array_equal(state, np.random.get_state()[1])
     torch.testing.assert_close(dict(tiny.state_dict()), dict(before), rtol=0, atol=0)
 
 
@@ -192,6 +193,18 @@ def test_a_run_of_nan_is_an_error_and_not_a_suggestion(tiny, loader):
     nn.init.constant_(tiny.linear.weight, math.nan)
     with pytest.raises(ValueError, match="0 finite losses"):
         find_lr(tiny, CPU, loader, make_optimizer("adam", tiny), steps=20)
+
+
+@pytest.mark.parametrize("shape", [np.full(100, 2.3), np.linspace(2.3, 9, 100)])
+def test_a_loss_that_never_falls_suggests_nothing(shape):
+    with pytest.raises(ValueError, match="the loss of the range test never fell"):
+        suggest_lrs(curve()[0], shape.tolist())
+
+
+def test_no_rule_looks_beyond_the_minimum():
+    lrs, losses = curve(lowest=30)
+    losses[60:] = np.linspace(9, 2, 40).tolist()  # a longer fall, after the blow-up
+    assert max(suggest_lrs(lrs, losses).values()) <= lrs[31]
 
 
 def test_an_empty_range_is_refused(tiny, loader):
