@@ -1,15 +1,217 @@
-"""Writes weight files in one step and reads only those that fit."""
+"""Writes run files that survive a kill, and reads only those that are whole."""
 
+import contextlib
+import hashlib
+import io
 import json
-import os
+import time
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import nn
 
+from files import write_whole
 from models import make_model
+from utils import Epoch, History, Tally
+
+KEPT = 2  # checkpoints; one alone could be the one that is being replaced
+DIGEST = 32  # bytes of SHA-256 behind a checkpoint: torch.load itself checks nothing
+
+# Fields of a run that may differ between a run and its continuation: they change no number.
+FREE = ("data", "output", "resume", "mirror", "checkpoint_seconds", "device")
+
+
+def save_checkpoint(
+    folder: str | Path, state: dict, step: int, mirror: str | Path | None = None
+) -> Path:
+    """Write the state of a run as step-STEP.ckpt, and keep the `KEPT` newest.
+
+    Args:
+        folder: made if need be.
+        state: tensors and plain Python only.
+        step: updates done so far.
+        mirror: a second folder for a copy; a warning is printed if it cannot have one.
+
+    Raises:
+        OSError: `folder` cannot hold it; the checkpoints before are untouched.
+    """
+    buffer = io.BytesIO()
+    torch.save(state, buffer)
+    body = buffer.getvalue()
+    content = body + hashlib.sha256(body).digest()
+    path = Path(folder) / f"step-{step:08d}.ckpt"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_whole(path, content)
+    remove_old(path.parent)
+    if mirror is not None:
+        try:
+            Path(mirror).mkdir(parents=True, exist_ok=True)
+            write_whole(Path(mirror) / path.name, content)
+            remove_old(Path(mirror))
+        except OSError as error:
+            print(f"warning: no copy of {path.name} in {mirror}: {error.strerror or error}")
+    return path
+
+
+def remove_old(folder: Path) -> None:
+    """Remove all but the newest checkpoints, and what killed processes left half written."""
+    for path in [*sorted(folder.glob("step-*.ckpt"))[:-KEPT], *folder.glob(".step-*.tmp")]:
+        path.unlink(missing_ok=True)
+
+
+def load_checkpoint(*folders: str | Path | None) -> dict | None:
+    """The state of the newest whole checkpoint in some folders, or None if there is none.
+
+    A damaged one is named, set aside as *.damaged, and passed over for the one before. Tensors are on
+    the CPU; nothing in a file can run.
+    """
+    present = [Path(folder) for folder in folders if folder is not None]
+    paths = [path for folder in present for path in folder.glob("step-*.ckpt")]
+    for path in sorted(paths, key=lambda path: path.name, reverse=True):
+        try:
+            return read_checkpoint(path)
+        except Exception as error:  # whatever a damaged or hostile file raises
+            print(f"warning: checkpoint {path} is damaged ({error}); trying the one before")
+            set_aside(path)
+    return None
+
+
+def read_checkpoint(path: Path) -> dict:
+    """One checkpoint, whose digest must match."""
+    content = path.read_bytes()
+    body, digest = content[:-DIGEST], content[-DIGEST:]
+    if hashlib.sha256(body).digest() != digest:
+        raise ValueError(f"{len(content):,} bytes, and the SHA-256 does not match")
+    return torch.load(io.BytesIO(body), map_location="cpu", weights_only=True)
+
+
+def set_aside(path: Path) -> None:
+    """Take a damaged file out of the way of the whole ones, where the folder can be written."""
+    with contextlib.suppress(OSError):
+        path.rename(path.with_suffix(".damaged"))
+
+
+class Checkpoints:
+    """The checkpoints of one run: what they hold, where they go, and when the next is due.
+
+    Args:
+        folder: of the run, or None to keep nothing.
+        parts: what has a state_dict, by name: model, optimizer, scheduler, scaler.
+        card: of the run; its `config` must be the same when the run is continued.
+        mirror: a second folder for copies.
+        seconds: between two checkpoints.
+    """
+
+    def __init__(self, folder, parts: dict, card: dict | None, mirror, seconds: float):
+        self.run = folder and Path(folder)
+        self.folder = folder and Path(folder) / "checkpoints"
+        self.parts = {name: part for name, part in parts.items() if part is not None}
+        self.card, self.mirror, self.seconds = card, mirror, seconds
+        self.saved = time.monotonic()
+        self.failure: OSError | None = None
+
+    def start(self, resume: bool, device: torch.device) -> tuple[History, Tally]:
+        """History and tally to begin with: those of the newest checkpoint, or empty ones.
+
+        Raises:
+            ValueError: the checkpoint is another run's, or there is one and it is not to be continued.
+        """
+        fresh = History(), Tally(epoch=1, totals=torch.zeros(2, device=device))
+        if self.folder is None:
+            return fresh
+        if not resume:
+            if any(self.folder.glob("step-*.ckpt")):
+                raise ValueError(f"{self.folder} holds a run; resume it, or choose another folder")
+            return fresh
+        state = load_checkpoint(self.folder, self.mirror)
+        if state is None:
+            return fresh
+        check_same_run(state["card"], self.card)
+        return self.restore(state, device)
+
+    def restore(self, state: dict, device: torch.device) -> tuple[History, Tally]:
+        """Load a state into the parts, and return its history and tally."""
+        if set(state["parts"]) != set(self.parts):
+            raise ValueError(
+                f"the checkpoint has {sorted(state['parts'])}, the run {sorted(self.parts)}"
+            )
+        check_shapes(state["parts"], self.parts)
+        for name, part in self.parts.items():
+            part.load_state_dict(state["parts"][name])
+        rows = [Epoch(**row) for row in state["history"]["epochs"]]
+        tally = Tally(**state["tally"])
+        tally.totals = tally.totals.to(device)
+        print(f"resumed in epoch {tally.epoch} after {tally.steps} steps of it")
+        return History(rows, state["history"]["lrs"]), tally
+
+    def save(self, history: History, tally: Tally) -> None:
+        """Write a checkpoint now; a failure is printed, kept in `failure`, and harms nothing."""
+        if self.folder is None:
+            return
+        state = {
+            "card": self.card,
+            "parts": {name: part.state_dict() for name, part in self.parts.items()},
+            "history": asdict(history),
+            "tally": {**vars(tally), "totals": tally.totals.cpu()},
+        }
+        self.attempt(save_checkpoint, self.folder, state, len(history.lrs) + tally.steps, self.mirror)
+        self.saved = time.monotonic()
+
+    def save_if_due(self, history: History, tally: Tally) -> None:
+        """Write a checkpoint if the last one is `seconds` old."""
+        if time.monotonic() - self.saved >= self.seconds:
+            self.save(history, tally)
+
+    def save_epoch(self, history: History, tally: Tally) -> None:
+        """Write history, weights and a checkpoint at the end of an epoch."""
+        self.failure = None
+        if self.run is None:
+            return
+        self.attempt(history.save, self.run)
+        if self.card is not None:
+            self.attempt(save_weights, self.run / "weights.safetensors", self.parts["model"], self.card)
+        self.save(history, tally)
+
+    def attempt(self, write, *arguments) -> None:
+        """Write, and go on training if that fails."""
+        try:
+            write(*arguments)
+        except OSError as error:
+            self.failure = error
+            print(f"warning: not written: {error}; what was there before is kept")
+
+
+def check_same_run(before: dict | None, now: dict | None) -> None:
+    """Refuse to continue a run with another configuration or other data."""
+    if before is None or now is None:
+        return
+    for name, value in now["config"].items():
+        old = before["config"].get(name)
+        if name not in FREE and old != value and not (name == "workers" and old and value):
+            flag = name.replace("_", "-")
+            raise ValueError(
+                f"the run has {name} {old}, not {value}: continue it with --{flag} {old}, "
+                "or start another with another --output"
+            )
+    if before["data_sha256"] != now["data_sha256"]:
+        raise ValueError("the training images are not those that the run began with")
+
+
+def check_shapes(stored: dict, parts: dict) -> None:
+    """Refuse tensors that do not fit the model before any of them is copied."""
+    expected = {name: tensor.shape for name, tensor in parts["model"].state_dict().items()}
+    found = {name: tensor.shape for name, tensor in stored["model"].items()}
+    if expected != found:
+        wrong = sorted(name for name in {*expected, *found} if expected.get(name) != found.get(name))
+        raise ValueError(f"the checkpoint does not fit the model at {', '.join(wrong[:3])}")
+    shapes = [p.shape for group in parts["optimizer"].param_groups for p in group["params"]]
+    for index, moments in stored["optimizer"]["state"].items():
+        for name, value in moments.items():
+            if isinstance(value, torch.Tensor) and value.dim() and value.shape != shapes[index]:
+                raise ValueError(f"the checkpoint's {name} does not fit parameter {index}")
 
 
 def save_weights(path: str | Path, model: nn.Module, card: dict) -> None:
@@ -21,21 +223,19 @@ def save_weights(path: str | Path, model: nn.Module, card: dict) -> None:
         card: plain data: "model", "options" (keyword arguments of `make_model`), "classes", "mean",
             "std", "image_size", and "config", the fields of the run, which `main.py test` and
             `report` need.
+
+    Raises:
+        OSError: it could not be written.
     """
-    path = Path(path)
     tensors = {name: tensor.contiguous() for name, tensor in model.state_dict().items()}
-    partial = path.with_name(path.name + ".tmp")
-    save_file(tensors, partial, metadata={"card": json.dumps(card)})
-    with partial.open("rb") as file:
-        os.fsync(file.fileno())
-    os.replace(partial, path)
+    write_whole(path, save(tensors, metadata={"card": json.dumps(card)}))
 
 
 def load_weights(path: str | Path) -> tuple[nn.Module, dict]:
     """Build the model that a weights file holds, and return it with the file's card.
 
     A run folder stands for its weights.safetensors. The file cannot run code; names and shapes must
-    fit the network that the card names.
+    be those of the network that the card names, which is compared before memory is taken for it.
 
     Raises:
         ValueError: no such file, not a weights file, or tensors that do not fit; one line.
@@ -48,9 +248,9 @@ def load_weights(path: str | Path) -> tuple[nn.Module, dict]:
         with safe_open(path, framework="pt") as file:
             card = json.loads((file.metadata() or {})["card"])
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118, no mapping
-        with torch.random.fork_rng([]):
+        with torch.device("meta"):
             model = make_model(card["model"], len(card["classes"]), **card["options"])
-        model.load_state_dict(tensors, strict=True)
+        model.load_state_dict(tensors, strict=True, assign=True)
     except (SafetensorError, OSError, KeyError, TypeError, ValueError, RuntimeError) as error:
         reason = (str(error) or type(error).__name__).splitlines()[-1].strip()
         raise ValueError(f"{path} is no weights file of this package ({reason})") from None

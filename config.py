@@ -71,6 +71,9 @@ class Config:
     device: str = setting("auto", "cpu, cuda, cuda:1, mps; auto: the fastest there is")
     seed: int = setting(0, "of weights, order and augmentation")
     output: str | None = setting(None, "run folder; none: runs/MODEL-DATASET-TIME")
+    resume: bool = setting(False, "continue the run in --output from its newest whole checkpoint")
+    mirror: str | None = setting(None, "second folder for checkpoints, such as one on a mounted drive")
+    checkpoint_seconds: float = setting(60.0, "time between checkpoints within an epoch")
     max_train_batches: int | None = setting(None, "training batches per epoch, for a smoke run")
     max_test_batches: int | None = setting(None, "test batches per evaluation, for a smoke run")
 
@@ -81,6 +84,8 @@ class Config:
             _in_range(name, getattr(self, name), low, high)
         if self.lr is not None and not (math.isfinite(self.lr) and self.lr > 0):
             raise ValueError(f"lr must be positive and finite, not {self.lr}")
+        if self.resume and not self.output:
+            raise ValueError("resume needs output, the folder of the run to continue")
         side = self.image_size
         if self.cutout > side:
             raise ValueError(f"cutout must be at most the image side, {side}, not {self.cutout}")
@@ -101,6 +106,7 @@ class Config:
     def fit_options(self) -> dict:
         """The keyword arguments of `fit_model` that are plain fields."""
         names = ("precision", "label_smoothing", "seed", "max_train_batches", "max_test_batches")
+        names += ("resume", "mirror", "checkpoint_seconds")
         return {name: getattr(self, name) for name in names}
 
 
@@ -120,6 +126,7 @@ _RANGES = (
     ("grayscale", 0, 1),
     ("workers", 0, 256),
     ("seed", 0, 2**32 - 1),
+    ("checkpoint_seconds", 0, math.inf),
     ("max_train_batches", 1, math.inf),
     ("max_test_batches", 1, math.inf),
 )
@@ -183,7 +190,7 @@ def command_of(config: Config) -> str:
     words = ["python", "main.py"]
     for item in fields(Config):
         value = getattr(config, item.name)
-        if value == item.default or item.name == "output":
+        if value == item.default or item.name in ("output", "resume", "mirror"):
             continue
         name = item.name.replace("_", "-")
         if item.type is bool:

@@ -26,6 +26,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from tqdm import tqdm
 
 from config import Config
+from files import write_whole
 from transforms import (
     CIFAR10_MEAN,
     CIFAR10_STD,
@@ -99,6 +100,12 @@ class Split:
 
     def __len__(self) -> int:
         return len(self.images)
+
+    def digest(self) -> str:
+        """SHA-256 of images and labels."""
+        found = hashlib.sha256(np.ascontiguousarray(self.images))
+        found.update(np.ascontiguousarray(self.labels))
+        return found.hexdigest()
 
     def take(self, index: np.ndarray) -> "Split":
         """The images at `index`."""
@@ -303,12 +310,7 @@ def store_records(folder: Path, records: dict[str, bytes]) -> None:
         if found != CIFAR10_SHA256[name]:
             raise ValueError(f"{name} has SHA-256 {found}, not {CIFAR10_SHA256[name]}")
     for name, content in records.items():
-        partial = folder / f"{name}.{os.getpid()}.tmp"
-        with partial.open("wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(partial, folder / name)
+        write_whole(folder / name, content)
 
 
 def load_sample(split: str) -> Split:
@@ -419,22 +421,23 @@ def stratified_split(labels: np.ndarray, fraction: float, seed: int) -> tuple[np
 class EpochSampler(Sampler):
     """The keys (epoch, batch) of an epoch's batches, which a dataset turns into images.
 
-    `set_epoch` chooses the epoch. A complete pass moves on to the next by itself; a look at the
-    first batches does not (but worker processes read ahead, and may complete a short epoch unseen).
+    `set_epoch` chooses the epoch and, to go on in the middle of it, the first batch. A complete pass
+    moves on to the next epoch by itself; a look at the first batches does not (but worker processes
+    read ahead, and may complete a short epoch unseen).
     """
 
     def __init__(self, batches: int):
         self.batches = batches
-        self.epoch = 1
+        self.set_epoch(1)
 
-    def set_epoch(self, epoch: int) -> None:
-        """Make the next pass that of `epoch`."""
-        self.epoch = epoch
+    def set_epoch(self, epoch: int, first: int = 0) -> None:
+        """Make the next pass that of `epoch`, from batch `first` on."""
+        self.epoch, self.first = epoch, first
 
     def __iter__(self):
         epoch = self.epoch
-        yield from ((epoch, batch) for batch in range(self.batches))
-        self.epoch = epoch + 1
+        yield from ((epoch, batch) for batch in range(self.first, self.batches))
+        self.set_epoch(epoch + 1)
 
     def __len__(self) -> int:
         return self.batches

@@ -11,8 +11,12 @@ import contextlib
 import itertools
 import json
 import math
+import shutil
+import signal
 import sys
+import threading
 import time
+from collections.abc import Iterator
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -22,9 +26,10 @@ from torch import nn
 from torch.nn import functional as F
 from tqdm import tqdm
 
-from checkpoint import load_weights, save_weights
+from checkpoint import Checkpoints, check_same_run, load_checkpoint, load_weights
 from config import CHOICES, Config, make_parser, parse_config
-from data import Loaders, load_split, make_loader, make_loaders, read_image
+from data import EpochSampler, Loaders, load_split, make_loader, make_loaders, read_image
+from files import write_whole
 from models import make_model
 from transforms import normalize, test_transform
 from utils import (
@@ -33,6 +38,7 @@ from utils import (
     LRFinderResult,
     Predictions,
     Stats,
+    Tally,
     autocast,
     environment,
     find_lr,
@@ -43,7 +49,6 @@ from utils import (
     random_state_kept,
     seed_everything,
     summarize,
-    write_text,
 )
 
 # The stream of random numbers for dropout = f(seed, epoch, step); data.py has the other two.
@@ -81,47 +86,52 @@ def train(
         FloatingPointError: the loss is not finite; the weights are those before that step.
     """
     device = torch.device(device)
+    tally = Tally(start_epoch(train_loader, epoch), torch.zeros(2, device=device))
     scaler = make_scaler(device, pick_precision(precision, device))
     options = {"precision": precision, "label_smoothing": label_smoothing, "seed": seed}
-    return train_epoch(
-        model, device, train_loader, optimizer, scheduler, scaler, epoch, max_batches, **options
-    )[0]
+    for _ in train_steps(
+        model, device, train_loader, optimizer, scheduler, scaler, tally, max_batches, **options
+    ):
+        pass
+    return tally.stats()
 
 
-def train_epoch(
+def train_steps(
     model,
     device: torch.device,
     loader,
     optimizer,
     scheduler,
     scaler,
-    epoch: int | None,
+    tally: Tally,
     max_batches: int | None,
     *,
     precision: str,
     label_smoothing: float,
     seed: int,
-) -> tuple[Stats, list[float], int]:
-    """`train`, and also the rate that each step used and the number of images seen."""
+) -> Iterator[None]:
+    """The rest of the epoch that `tally` counts, one update at a time; yields between them."""
     dtype = pick_precision(precision, device)
-    epoch = start_epoch(loader, epoch)
     model.to(device, memory_format=torch.channels_last).train()
-    totals = torch.zeros(2, device=device)  # loss and hits, summed over images
-    lrs, seen = [], 0
-    for step, (images, labels) in enumerate(progress(loader, f"epoch {epoch}", max_batches)):
+    for images, labels in progress(loader, tally, max_batches):
         images, labels = to_device(images, labels, device)
-        lrs.append(optimizer.param_groups[0]["lr"])
-        where = f"epoch {epoch}, step {step + 1}, learning rate {lrs[-1]:.4g}"
+        lr = optimizer.param_groups[0]["lr"]
+        where = f"epoch {tally.epoch}, step {tally.steps + 1}, learning rate {lr:.4g}"
         with random_state_kept(device):
-            torch.manual_seed(int(np.random.default_rng([seed, DROPOUT, epoch, step]).integers(2**63)))
-            totals += train_step(model, images, labels, optimizer, scaler, dtype, label_smoothing, where)
-        seen += len(labels)
+            key = [seed, DROPOUT, tally.epoch, tally.steps]
+            torch.manual_seed(int(np.random.default_rng(key).integers(2**63)))
+            tally.totals += train_step(
+                model, images, labels, optimizer, scaler, dtype, label_smoothing, where
+            )
         if scheduler is not None:
             scheduler.step()
-    start_epoch(loader, epoch + 1)
-    if not seen:
+        tally.lrs.append(lr)
+        tally.images += len(labels)
+        tally.steps += 1
+        yield
+    start_epoch(loader, tally.epoch + 1)
+    if not tally.steps:
         raise ValueError("the training loader has no batch")
-    return Stats(*(totals / seen).tolist()), lrs, seen  # one transfer for the epoch's sums
 
 
 def train_step(
@@ -137,10 +147,31 @@ def train_step(
             f"the loss is {loss.item()} at {where}; stopped before the update; {CURE}"
         )
     scaler.scale(loss).backward()
+    check_gradient(optimizer, scaler, where)
     scaler.step(optimizer)
     scaler.update()
     hits = (logits.argmax(1) == labels).sum()
     return torch.stack([loss.detach().float() * len(labels), hits.float()])
+
+
+def check_gradient(optimizer, scaler, where: str) -> None:
+    """Stop before an update with a gradient that is not finite.
+
+    In fp16 the scaler skips such an update and halves its scale, which is normal now and then; a scale
+    under one says that it will not recover.
+    """
+    if scaler.is_enabled():
+        if scaler.get_scale() < 1:
+            raise FloatingPointError(f"the gradient in fp16 keeps overflowing at {where}; {CURE}")
+        return
+    gradients = [
+        p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None
+    ]
+    norm = nn.utils.get_total_norm(gradients)
+    if not torch.isfinite(norm):
+        raise FloatingPointError(
+            f"the gradient's norm is {norm.item()} at {where}; stopped before the update; {CURE}"
+        )
 
 
 def test(
@@ -152,7 +183,11 @@ def test(
     max_batches: int | None = None,
 ) -> Stats:
     """Mean cross-entropy and accuracy over every image of a loader, each counted once."""
-    logits, labels = forward_all(model, device, test_loader, precision, max_batches)
+    return score(*forward_all(model, device, test_loader, precision, max_batches))
+
+
+def score(logits: torch.Tensor, labels: torch.Tensor) -> Stats:
+    """Mean cross-entropy and accuracy of logits (N, K) against labels (N,)."""
     hits = (logits.argmax(1) == labels).sum().item()
     return Stats(F.cross_entropy(logits, labels).item(), hits / len(labels))
 
@@ -203,6 +238,9 @@ def fit_model(
     max_test_batches: int | None = None,
     folder: str | Path | None = None,
     card: dict | None = None,
+    resume: bool = False,
+    mirror: str | Path | None = None,
+    checkpoint_seconds: float = 60.0,
 ) -> History:
     """Train for some epochs, evaluate after each, print one table row for each.
 
@@ -210,50 +248,83 @@ def fit_model(
         scheduler: stepped after every batch.
         val_loader: judged after each epoch instead of the test set, which then is looked at once,
             after the last.
-        folder: where history, TensorBoard events and, if there is a `card`, weights are written at
-            the end of every epoch.
+        folder: where checkpoints, history, TensorBoard events and, if there is a `card`, weights go.
         card: goes with the weights, see `save_weights`.
+        resume: continue from the newest whole checkpoint in `folder` or `mirror`, if there is one. The
+            result is that of an uninterrupted run, bit for bit, on the same versions and device.
+        mirror: a second folder for checkpoints.
+        checkpoint_seconds: between checkpoints within an epoch; there is one after each epoch too.
 
     Returns:
         One row an epoch, and the learning rate of every step.
 
     Raises:
-        FloatingPointError: the loss is not finite; the rows and weights of the epochs before are kept.
+        FloatingPointError: a loss or gradient is not finite; what was kept before stays.
+        ValueError: the checkpoint is another run's, or there is one and `resume` is off.
+        Stopped: SIGINT or SIGTERM came; a checkpoint was written first.
+        OSError: the last epoch's files could not be written.
     """
-    history, device = History(), torch.device(device)
+    device = torch.device(device)
     scaler = make_scaler(device, pick_precision(precision, device))
+    parts = {"model": model, "optimizer": optimizer, "scheduler": scheduler, "scaler": scaler}
+    kept = Checkpoints(folder, parts, card, mirror, checkpoint_seconds)
+    model.to(device, memory_format=torch.channels_last)
+    history, tally = kept.start(resume, device)
     options = {"precision": precision, "label_smoothing": label_smoothing, "seed": seed}
-    evaluate = {"precision": precision, "max_batches": max_test_batches}
-    with event_writer(folder) as writer:
-        for epoch in range(1, epochs + 1):
-            start = time.perf_counter()
-            trained, lrs, seen = train_epoch(
-                model,
-                device,
-                train_loader,
-                optimizer,
-                scheduler,
-                scaler,
-                epoch,
-                max_train_batches,
-                **options,
-            )
-            speed = seen / (time.perf_counter() - start)
-            stats = {"train": trained}
-            if val_loader is not None:
-                stats["val"] = test(model, device, val_loader, **evaluate)
-            if val_loader is None or epoch == epochs:
-                stats["test"] = test(model, device, test_loader, **evaluate)
-            row = make_row(epoch, lrs[-1], stats, time.perf_counter() - start, speed)
-            history.epochs.append(row)
-            history.lrs += lrs
-            print_row(row, header=epoch == 1)
-            if folder is not None:
+    steps = (model, device, train_loader, optimizer, scheduler, scaler)
+    judge = (model, device, val_loader, test_loader, epochs, precision, max_test_batches)
+    with event_writer(folder, history) as writer, signals_noted() as signals:
+        try:
+            while tally.epoch <= epochs:
+                start = time.perf_counter() - tally.seconds
+                start_epoch(train_loader, tally.epoch, tally.steps)
+                for _ in signals.between(train_steps(*steps, tally, max_train_batches, **options)):
+                    tally.seconds = time.perf_counter() - start
+                    kept.save_if_due(history, tally)
+                row = evaluate(*judge, tally, start)
+                with signals.held():
+                    history.epochs.append(row)
+                    history.lrs += tally.lrs
+                    tally = Tally(row.epoch + 1, torch.zeros(2, device=device))
+                    kept.save_epoch(history, tally)
+                print_row(row, header=len(history.epochs) == 1)
                 write_events(writer, row, history.lrs)
-                history.save(Path(folder))
-                if card is not None:
-                    save_weights(Path(folder) / "weights.safetensors", model, card)
+        except Stopped:
+            kept.save(history, tally)
+            raise
+    if kept.failure:
+        raise kept.failure
     return history
+
+
+def evaluate(
+    model, device, val_loader, test_loader, epochs, precision, max_batches, tally: Tally, start: float
+) -> Epoch:
+    """Judge the weights at the end of an epoch that began at `start`, and put its row together."""
+    stats = {"train": tally.stats()}
+    loaders = {"val": val_loader, "test": test_loader}
+    if val_loader is None or tally.epoch < epochs:
+        del loaders["val" if val_loader is None else "test"]
+    for part, loader in loaders.items():
+        logits, labels = forward_all(model, device, loader, precision, max_batches)
+        stats[part] = score(logits, labels)
+        warn_if_dead(tally, part, stats[part], logits)
+    seconds, speed = time.perf_counter() - start, tally.images / tally.seconds
+    return make_row(tally.epoch, tally.lrs[-1], stats, seconds, speed)
+
+
+def warn_if_dead(tally: Tally, part: str, stats: Stats, logits: torch.Tensor) -> None:
+    """Say so if, with the warm-up over, a network knows no more than a constant answer would."""
+    if tally.lrs[-1] > tally.lrs[0]:
+        return
+    chance = math.log(logits.shape[1])
+    if len(logits.argmax(1).unique()) == 1:
+        print(f"warning: epoch {tally.epoch} predicts one class for every {part} image; {CURE}")
+    elif stats.loss >= chance:
+        print(
+            f"warning: after epoch {tally.epoch} the {part} loss is {stats.loss:.3f}, no better than "
+            f"guessing ({chance:.3f}); {CURE}"
+        )
 
 
 def make_optimizer(
@@ -275,24 +346,31 @@ def to_device(images, labels, device: torch.device):
     return images, labels.to(device, non_blocking=True)
 
 
-def start_epoch(loader, epoch: int | None) -> int:
+def start_epoch(loader, epoch: int | None, first: int = 0) -> int:
     """Make a loader's next pass that of `epoch`, if it knows epochs; return the epoch."""
     sampler = getattr(loader, "sampler", None)
     if epoch is None:
         return getattr(sampler, "epoch", 1)
-    if hasattr(sampler, "set_epoch"):
+    if isinstance(sampler, EpochSampler):
+        sampler.set_epoch(epoch, first)
+    elif hasattr(sampler, "set_epoch"):
         sampler.set_epoch(epoch)
     return epoch
 
 
-def progress(loader, name: str, max_batches: int | None):
-    """The batches of a loader behind a bar that leaves no trace; none where nobody watches."""
-    total = len(loader) if max_batches is None else min(len(loader), max_batches)
+def progress(loader, tally: Tally, max_batches: int | None):
+    """The batches that an epoch has left, behind a bar that leaves no trace; none if nobody watches."""
+    sampler = getattr(loader, "sampler", None)
+    total = sampler.batches if isinstance(sampler, EpochSampler) else len(loader)
+    total = min(total, max_batches or total)
+    # Our sampler starts at the right batch; of another loader the batches done are passed over.
+    done = 0 if isinstance(sampler, EpochSampler) else tally.steps
     watched = sys.stdout.isatty() or "google.colab" in sys.modules
     return tqdm(
-        itertools.islice(loader, max_batches),
-        name,
+        itertools.islice(loader, done, total - tally.steps + done),
+        f"epoch {tally.epoch}",
         total,
+        initial=tally.steps,
         leave=False,
         file=sys.stdout,
         disable=not watched,
@@ -328,17 +406,30 @@ def print_row(row: Epoch, header: bool) -> None:
     print(f"{row.epoch:>5}{row.lr:>11.3g}{''.join(cells)}{times}", flush=True)
 
 
-def event_writer(folder: str | Path | None):
-    """TensorBoard's writer for a run folder, or nothing for no folder."""
+@contextlib.contextmanager
+def event_writer(folder: str | Path | None, history: History):
+    """TensorBoard's writer for a run folder, with the epochs so far in it; None for no folder.
+
+    Events are written anew when a run is continued: what a killed run left may lack some or have more.
+    """
     if folder is None:
-        return contextlib.nullcontext()
+        yield None
+        return
     from torch.utils.tensorboard import SummaryWriter  # two seconds of imports
 
-    return SummaryWriter(Path(folder) / "tensorboard")
+    path = Path(folder) / "tensorboard"
+    shutil.rmtree(path, ignore_errors=True)
+    with SummaryWriter(path) as writer:
+        steps = len(history.lrs) // max(1, len(history.epochs))
+        for row in history.epochs:
+            write_events(writer, row, history.lrs[: steps * row.epoch])
+        yield writer
 
 
 def write_events(writer, row: Epoch, lrs: list[float]) -> None:
     """One epoch's numbers, and the rate of each of its steps, for TensorBoard."""
+    if writer is None:
+        return
     for part, stats in row.stats().items():
         for metric, value in stats._asdict().items():
             writer.add_scalar(f"{metric}/{part}", value, row.epoch)
@@ -346,6 +437,64 @@ def write_events(writer, row: Epoch, lrs: list[float]) -> None:
     for step in range(len(lrs) - steps, len(lrs)):
         writer.add_scalar("lr", lrs[step], step)
     writer.flush()
+
+
+class Stopped(KeyboardInterrupt):
+    """SIGINT or SIGTERM ended a run, between two updates."""
+
+    def __init__(self, number: int):
+        super().__init__(f"stopped by {signal.Signals(number).name}")
+        self.number = number
+
+
+class Signals:
+    """Lets SIGINT and SIGTERM end a run between two updates, never within one."""
+
+    def __init__(self):
+        self.depth, self.number = 0, None
+
+    def handle(self, number: int, frame) -> None:
+        """Raise `Stopped`, or note it for the end of what must not be interrupted."""
+        if not self.depth:
+            raise Stopped(number)
+        if self.number is not None:
+            raise KeyboardInterrupt  # asked twice: at once, and without a checkpoint of half an update
+        self.number = number
+
+    @contextlib.contextmanager
+    def held(self):
+        """What runs in here is not interrupted."""
+        self.depth += 1
+        try:
+            yield
+        finally:
+            self.depth -= 1
+        if not self.depth and self.number is not None:
+            number, self.number = self.number, None
+            raise Stopped(number)
+
+    def between(self, steps: Iterator[None]) -> Iterator[None]:
+        """The same steps, each of them held."""
+        while True:
+            with self.held():
+                if next(steps, self) is self:
+                    return
+            yield
+
+
+@contextlib.contextmanager
+def signals_noted():
+    """A `Signals` in charge of SIGINT and SIGTERM; outside the main thread nothing can be."""
+    signals = Signals()
+    if threading.current_thread() is not threading.main_thread():
+        yield signals
+        return
+    before = {n: signal.signal(n, signals.handle) for n in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield signals
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def run(config: Config) -> Path:
@@ -369,6 +518,9 @@ def prepare(config: Config) -> tuple[torch.device, Loaders, nn.Module, torch.opt
     model = make_model(config.model, len(loaders.classes), **config.model_options)
     model.to(device, memory_format=torch.channels_last)
     optimizer = make_optimizer(config.optimizer, model, config.lr or 1e-3, config.weight_decay)
+    if config.resume:
+        state = load_checkpoint(Path(config.output) / "checkpoints", config.mirror)
+        check_same_run(state and state["card"], make_card(config, loaders))
     return device, loaders, model, optimizer, open_run(config, device, model)
 
 
@@ -379,9 +531,9 @@ def open_run(config: Config, device: torch.device, model: nn.Module) -> Path:
         ValueError: `config.output` holds something already; no run overwrites another.
     """
     folder = claim_folder(config)
-    write_text(folder / "config.json", json.dumps(asdict(config), indent=1))
-    write_text(folder / "environment.json", json.dumps(environment(device), indent=1))
-    write_text(folder / "summary.txt", summarize(model, config.image_size))
+    write_whole(folder / "config.json", json.dumps(asdict(config), indent=1))
+    write_whole(folder / "environment.json", json.dumps(environment(device), indent=1))
+    write_whole(folder / "summary.txt", summarize(model, config.image_size))
     dtype = str(pick_precision(config.precision, device)).removeprefix("torch.")
     print(f"{config.model} on {config.dataset}, {device}, {dtype}, seed {config.seed}, in {folder}")
     return folder
@@ -391,8 +543,8 @@ def claim_folder(config: Config) -> Path:
     """A folder that no other run has: `config.output`, or a new one named after model, data and time."""
     if config.output:
         folder = Path(config.output)
-        if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-            raise ValueError(f"output {folder} is there already; choose another or remove it")
+        if not config.resume and folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+            raise ValueError(f"output {folder} is there already; --resume it, or choose another")
         folder.mkdir(parents=True, exist_ok=True)
         return folder
     name = f"{config.model}-{config.dataset}-{time.strftime('%Y%m%d-%H%M%S')}"
@@ -438,7 +590,7 @@ def range_test(
         precision=config.precision,
         label_smoothing=config.label_smoothing,
     )
-    write_text(folder / "lr_finder.json", json.dumps(asdict(found)))
+    write_whole(folder / "lr_finder.json", json.dumps(asdict(found)))
     suggested = [f"{rule} {rate:.3g}" for rule, rate in found.suggestions.items()]
     print(f"range test, {len(found.lrs)} steps: {', '.join(suggested)}")
     return found
@@ -476,6 +628,7 @@ def make_card(config: Config, loaders: Loaders) -> dict:
         "image_size": config.image_size,
         "classes": list(loaders.classes),
         **{name: list(values) for name, values in loaders.normalization.items()},
+        "data_sha256": loaders.train.dataset.split.digest(),
         "config": asdict(config),
     }
 
@@ -619,7 +772,10 @@ def main(argv: list[str] | None = None) -> int:
         return 2
     try:
         COMMANDS[command](rest)
-    except FloatingPointError as error:
+    except Stopped as stop:
+        print(f"main.py: {stop}; --resume continues the run", file=sys.stderr)
+        return 128 + stop.number
+    except (FloatingPointError, OSError) as error:
         print(f"main.py: {error}", file=sys.stderr)
         return 1
     return 0

@@ -7,8 +7,9 @@ import numpy as np
 from torch import nn
 
 from config import Config, command_of
+from files import write_whole
 from transforms import denormalize
-from utils import History, LRFinderResult, Predictions, write_text
+from utils import History, LRFinderResult, Predictions
 from visualize import (
     cam_layers,
     plot_confusion_matrix,
@@ -51,7 +52,7 @@ def write_report(folder: str | Path, model: nn.Module, loaders, predictions: Pre
         configuration_section(config),
     ]
     path = folder / "report.md"
-    write_text(path, "\n\n".join(parts) + "\n")
+    write_whole(path, "\n\n".join(parts) + "\n")
     return path
 
 

@@ -24,6 +24,8 @@ from torch.optim.lr_scheduler import OneCycleLR
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
+from files import write_whole
+
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -84,6 +86,22 @@ class Epoch:
 
 
 @dataclass
+class Tally:
+    """An epoch under way: what a resumed run needs to go on in the middle of it."""
+
+    epoch: int
+    totals: torch.Tensor  # (2,): loss and hits, summed over images, on the device
+    steps: int = 0
+    images: int = 0
+    seconds: float = 0.0  # of training
+    lrs: list[float] = field(default_factory=list)
+
+    def stats(self) -> Stats:
+        """Mean loss and accuracy; the one transfer of an epoch's sums."""
+        return Stats(*(self.totals / self.images).tolist())
+
+
+@dataclass
 class History:
     """What a run measured: one row an epoch, and the learning rate that each step used."""
 
@@ -92,25 +110,18 @@ class History:
 
     def save(self, folder: Path) -> None:
         """Write history.json (everything) and history.csv (the rows)."""
-        write_text(folder / "history.json", json.dumps(asdict(self), indent=1))
+        write_whole(folder / "history.json", json.dumps(asdict(self), indent=1))
         table = io.StringIO()
         writer = csv.DictWriter(table, [item.name for item in fields(Epoch)], lineterminator="\n")
         writer.writeheader()
         writer.writerows(map(asdict, self.epochs))
-        write_text(folder / "history.csv", table.getvalue())
+        write_whole(folder / "history.csv", table.getvalue())
 
     @classmethod
     def load(cls, folder: Path) -> "History":
         """Read what `save` wrote."""
         stored = json.loads((folder / "history.json").read_text(encoding="utf-8"))
         return cls([Epoch(**row) for row in stored["epochs"]], stored["lrs"])
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write a whole file in one step, so that a reader never sees half of it."""
-    partial = path.with_name(path.name + ".tmp")
-    partial.write_text(text, encoding="utf-8")
-    partial.replace(path)
 
 
 def get_device(name: str = "auto") -> torch.device:

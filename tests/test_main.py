@@ -67,13 +67,14 @@ def untimed(history):
 # Training
 
 
-def test_fit_overfits_one_batch(sample):
+def test_fit_overfits_one_batch_and_warns_of_nothing(sample, capsys):
     one = sample.take(np.arange(0, 200, 20))
     loader = make_loader(one, evaluation_transform(), "cpu", Config(batch_size=10), shuffle=True)
     model, optimizer = build()
     history = main.fit_model(model, CPU, loader, loader, optimizer, epochs=60, precision="fp32")
     assert history.epochs[-1].test_accuracy == 1.0
     assert history.epochs[-1].train_loss < 0.1 < history.epochs[0].train_loss
+    assert "warning" not in capsys.readouterr().out.partition("\n   10 ")[2]
 
 
 def test_same_seed_gives_the_same_weights_and_history(loaders):
@@ -315,6 +316,7 @@ def test_a_run_leaves_everything_in_its_folder(finished):
         "history.json",
         "history.csv",
         "weights.safetensors",
+        "checkpoints",
         "tensorboard",
         "figures",
         "report.md",
@@ -458,7 +460,7 @@ BAD = [
     (["predict", "RUN", "absent.png"], "absent.png is no readable image (No such file"),
     (["test", "README.md"], "README.md is no weights file of this package"),
     (["report", "nowhere"], "there is no weights file nowhere"),
-    ([*SMOKE, "--output", "RUN"], "is there already; choose another or remove it"),
+    ([*SMOKE, "--output", "RUN"], "is there already; --resume it, or choose another"),
     (["test"], "required: weights"),
 ]
 

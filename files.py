@@ -1,0 +1,40 @@
+"""Writes a file whole or not at all."""
+
+import contextlib
+import os
+from pathlib import Path
+
+
+def write_whole(path: str | Path, content: bytes | str) -> None:
+    """Write a file so that a kill, a full disk or a power cut leaves either the old one or the new one.
+
+    Args:
+        path: of the file, in a folder that exists.
+        content: bytes, or text, which becomes UTF-8.
+
+    Raises:
+        OSError: it could not be written; what was there before is untouched.
+    """
+    path = Path(path)
+    partial = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with partial.open("wb") as file:
+            file.write(content.encode() if isinstance(content, str) else content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(partial, path)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            partial.unlink()
+        raise
+    sync_folder(path.parent)
+
+
+def sync_folder(folder: Path) -> None:
+    """Make a rename last through a power cut, on systems that can sync a folder."""
+    with contextlib.suppress(OSError):
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)

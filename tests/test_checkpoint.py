@@ -1,0 +1,505 @@
+import contextlib
+import copy
+import hashlib
+import io
+import itertools
+import json
+import os
+import pickle
+import re
+import resource
+import signal
+import subprocess
+import sys
+import time
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import checkpoint
+import main
+import models
+import utils
+from checkpoint import load_checkpoint, save_checkpoint
+from config import Config
+from data import EpochSampler, Samples, make_loader
+from files import write_whole
+from transforms import test_transform as evaluation_transform
+from transforms import train_transform
+
+ROOT = Path(__file__).parent.parent
+CPU = torch.device("cpu")
+EPOCHS, STEPS = 2, 3  # of the small run that is stopped and resumed
+
+
+def loaders_of(sample, workers):
+    """Training loader image by image, as workers of any number do it, and a test loader."""
+    dataset = Samples(sample, train_transform(), 64, 0, shuffle=True)
+    train = torch.utils.data.DataLoader(
+        dataset,
+        batch_size=None,
+        sampler=EpochSampler(STEPS),
+        num_workers=workers,
+        generator=torch.Generator(),
+    )
+    return train, make_loader(sample, evaluation_transform(), "cpu", Config(batch_size=100))
+
+
+def run(sample, folder=None, stop_at=None, workers=0, optimizer="adam", **options):
+    """The small run, which a SIGTERM meets in its step `stop_at`; its outcome, or None if stopped."""
+    torch.manual_seed(0)
+    model = models.make_model("custom_resnet", width=4, dropout=0.2)
+    optimizer = main.make_optimizer(optimizer, model, lr=0.01)
+    scheduler = utils.one_cycle(optimizer, 0.01, epochs=EPOCHS, steps_per_epoch=STEPS)
+    count = itertools.count(1)
+
+    def hook(module, inputs, output):
+        if model.training and next(count) == stop_at:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    model.linear.register_forward_hook(hook)
+    stopped = pytest.raises(main.Stopped) if stop_at else contextlib.nullcontext()
+    with stopped:
+        history = main.fit_model(
+            model, CPU, *loaders_of(sample, workers), optimizer, scheduler, EPOCHS,
+            precision="fp32", folder=folder, **options,
+        )  # fmt: skip
+        return outcome(model, optimizer, history)
+
+
+def outcome(model, optimizer, history):
+    """All that must be equal, bit for bit: what the clock says is left out."""
+    buffer = io.BytesIO()
+    torch.save([model.state_dict(), optimizer.state_dict()], buffer)
+    rows = [{k: v for k, v in vars(row).items() if "second" not in k} for row in history.epochs]
+    return hashlib.sha256(buffer.getvalue()).hexdigest(), rows, history.lrs
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(sample):
+    return run(sample)
+
+
+# Stop and resume
+
+
+@pytest.mark.parametrize("stop_at", range(1, EPOCHS * STEPS + 1))
+def test_stopped_at_any_step_and_resumed_with_other_workers_ends_with_the_same_bits(
+    sample, uninterrupted, tmp_path, stop_at
+):
+    workers = stop_at % 3
+    assert run(sample, tmp_path, stop_at, workers) is None
+    state = load_checkpoint(tmp_path / "checkpoints")
+    assert len(state["history"]["lrs"]) + state["tally"]["steps"] == stop_at
+    assert run(sample, tmp_path, workers=(workers + 1) % 3, resume=True) == uninterrupted
+
+
+def test_the_comparison_sees_a_lost_momentum(sample, uninterrupted, tmp_path, monkeypatch):
+    run(sample, tmp_path, stop_at=2)
+    restore = checkpoint.Checkpoints.restore
+
+    def without_momentum(self, state, device):
+        state["parts"]["optimizer"]["state"] = {}
+        return restore(self, state, device)
+
+    monkeypatch.setattr(checkpoint.Checkpoints, "restore", without_momentum)
+    assert run(sample, tmp_path, resume=True) != uninterrupted
+
+
+def test_looking_at_checkpoints_and_the_clock_changes_nothing(sample, uninterrupted, tmp_path):
+    assert run(sample, tmp_path, checkpoint_seconds=0) == uninterrupted
+
+
+def test_resuming_a_finished_run_trains_no_more(sample, uninterrupted, tmp_path):
+    run(sample, tmp_path)
+    assert run(sample, tmp_path, resume=True) == uninterrupted
+
+
+def test_resuming_what_never_began_begins(sample, uninterrupted, tmp_path):
+    assert run(sample, tmp_path / "new", resume=True) == uninterrupted
+
+
+def test_a_folder_that_holds_a_run_is_not_overwritten(sample, tmp_path):
+    run(sample, tmp_path)
+    with pytest.raises(ValueError, match="holds a run; resume it, or choose another folder"):
+        run(sample, tmp_path)
+
+
+def test_events_after_a_resume_are_neither_lost_nor_doubled(sample, tmp_path):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    run(sample, tmp_path, stop_at=5)
+    run(sample, tmp_path, resume=True)
+    events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+    assert [e.step for e in events.Scalars("lr")] == list(range(EPOCHS * STEPS))
+    assert [e.step for e in events.Scalars("loss/test")] == [1, 2]
+
+
+def test_at_least_two_checkpoints_are_kept_and_no_more(sample, tmp_path):
+    run(sample, tmp_path, checkpoint_seconds=0)
+    names = sorted(path.name for path in (tmp_path / "checkpoints").iterdir())
+    assert names == ["step-00000005.ckpt", "step-00000006.ckpt"]
+
+
+# A second folder
+
+
+def test_a_run_resumes_from_its_mirror_when_its_folder_is_gone(sample, uninterrupted, tmp_path):
+    run(sample, tmp_path / "run", stop_at=4, mirror=tmp_path / "drive")
+    assert run(sample, tmp_path / "other", resume=True, mirror=tmp_path / "drive") == uninterrupted
+
+
+def test_a_mirror_that_cannot_be_written_is_a_warning(sample, uninterrupted, tmp_path, capsys):
+    (tmp_path / "drive").write_text("a file where the folder should be")
+    assert run(sample, tmp_path / "run", mirror=tmp_path / "drive") == uninterrupted
+    assert "warning: no copy of step-00000003.ckpt in" in capsys.readouterr().out
+
+
+# Damage
+
+
+def save_two(folder):
+    """Two checkpoints, of 1 and 2."""
+    for step in (1, 2):
+        state = {"step": step, "weights": torch.arange(20_000.0) + step}
+        save_checkpoint(folder, state, step)
+    return folder / "step-00000002.ckpt"
+
+
+def test_a_whole_checkpoint_is_loaded_and_opens_with_torch_alone(tmp_path):
+    path = save_two(tmp_path)
+    assert load_checkpoint(tmp_path)["step"] == 2
+    assert torch.load(path, weights_only=True)["step"] == 2
+
+
+def damages(content):
+    """Kinds of damage, by name."""
+    rng = np.random.default_rng(0)
+    for k in range(60):  # half of them in the file's directory, which a checksum of data would miss
+        edge = rng.choice([rng.integers(1500), len(content) - 1 - rng.integers(1500)])
+        where = int(edge if k % 2 else rng.integers(len(content)))
+        flipped = bytearray(content)
+        flipped[where] ^= 1 << int(rng.integers(8))
+        yield f"bit {where}", bytes(flipped)
+    for length in rng.integers(len(content), size=20):
+        yield f"cut at {length}", content[:length]
+    page = int(rng.integers(4096, len(content) - 8192))
+    yield "zeroed page", content[:page] + bytes(4096) + content[page + 4096 :]
+    yield from (("empty", b""), ("html", b"<html></html>"), ("longer", content + b"more"))
+
+
+def test_no_damage_is_loaded_silently_and_the_one_before_is(tmp_path, capsys):
+    path = save_two(tmp_path)
+    content = path.read_bytes()
+    tried = 0
+    for name, damaged in damages(content):
+        assert damaged != content, name
+        path.write_bytes(damaged)
+        assert load_checkpoint(tmp_path)["step"] == 1, name
+        assert f"checkpoint {path} is damaged" in capsys.readouterr().out
+        assert path.with_suffix(".damaged").exists()
+        tried += 1
+    assert tried == 84
+    path.write_bytes(content)
+    assert load_checkpoint(tmp_path)["step"] == 2
+
+
+def test_with_no_whole_checkpoint_there_is_none(tmp_path):
+    save_two(tmp_path)
+    for path in tmp_path.glob("*.ckpt"):
+        path.write_bytes(b"")
+    assert load_checkpoint(tmp_path, None, tmp_path / "absent") is None
+
+
+@contextlib.contextmanager
+def disk_full():
+    """No file can grow beyond 100 bytes."""
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100, limits[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+
+
+def test_a_full_disk_leaves_the_old_file_and_nothing_else(tmp_path):
+    path = save_two(tmp_path)
+    with disk_full(), pytest.raises(OSError, match="File too large"):
+        save_checkpoint(tmp_path, {"weights": torch.zeros(1000)}, 2)
+    assert load_checkpoint(tmp_path)["step"] == 2
+    assert sorted(tmp_path.iterdir()) == [tmp_path / "step-00000001.ckpt", path]
+
+
+def test_a_full_disk_does_not_stop_training_but_is_told_at_once_and_at_the_end(
+    sample, tmp_path, capsys, monkeypatch
+):
+    monkeypatch.setattr(main, "event_writer", lambda *_: contextlib.nullcontext())
+    with disk_full(), pytest.raises(OSError, match="File too large"):
+        run(sample, tmp_path)
+    printed = capsys.readouterr().out
+    assert "warning: not written:" in printed and len(re.findall(r"^ +[12] ", printed, re.M)) == EPOCHS
+
+
+def test_an_interrupted_write_leaves_the_old_file(tmp_path, monkeypatch):
+    write_whole(tmp_path / "file", "old")
+
+    def interrupt(descriptor):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(os, "fsync", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        write_whole(tmp_path / "file", "new")
+    assert [(path.name, path.read_text()) for path in tmp_path.iterdir()] == [("file", "old")]
+
+
+# Hostile files
+
+
+class Evil:
+    """Runs a command when unpickled without care."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return os.system, (f"touch {self.path}",)
+
+
+def with_digest(body):
+    return body + hashlib.sha256(body).digest()
+
+
+def evil_files(proof):
+    """Checkpoints that would create `proof`, each with a right digest."""
+    for state in (Evil(proof), {"model": [Evil(proof)]}, {"parts": {"a": {"b": Evil(proof)}}}):
+        buffer = io.BytesIO()
+        torch.save(state, buffer)
+        yield buffer.getvalue()
+        old = io.BytesIO()
+        torch.save(state, old, _use_new_zipfile_serialization=False)
+        yield old.getvalue()
+        yield pickle.dumps(state)
+
+
+@pytest.mark.parametrize("forced", [None, "1"])
+def test_no_file_can_run_code(tmp_path, monkeypatch, forced, capsys):
+    if forced:
+        monkeypatch.setenv("TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD", forced)
+    proof = tmp_path / "executed"
+    pickle.loads(pickle.dumps(Evil(proof)))
+    assert proof.exists()  # it works where nothing guards
+    proof.unlink()
+    for k, body in enumerate(evil_files(proof)):
+        path = tmp_path / f"step-{k:08d}.ckpt"
+        path.write_bytes(with_digest(body))
+        assert load_checkpoint(tmp_path) is None
+        (tmp_path / "w.safetensors").write_bytes(body)
+        for command in (["test"], ["predict", "x.png"], ["report"]):
+            argv = [command[0], str(tmp_path / "w.safetensors"), *command[1:]]
+            with pytest.raises(SystemExit) as stop:
+                main.main(argv)
+            assert stop.value.code == 2
+    assert not proof.exists()
+
+
+def test_a_checkpoint_that_claims_huge_tensors_is_refused_before_they_are_made(sample, tmp_path):
+    run(sample, tmp_path, stop_at=2)
+    state = load_checkpoint(tmp_path / "checkpoints")
+    name = next(iter(state["parts"]["model"]))
+    state["parts"]["model"][name] = torch.zeros(1).expand(10**9, 40)
+    save_checkpoint(tmp_path / "checkpoints", state, 9)
+    with pytest.raises(ValueError, match=f"does not fit the model at {name}"):
+        run(sample, tmp_path, resume=True)
+
+
+def test_optimizer_state_of_another_shape_is_refused(sample, tmp_path):
+    run(sample, tmp_path, stop_at=2)
+    state = load_checkpoint(tmp_path / "checkpoints")
+    state["parts"]["optimizer"]["state"][0]["exp_avg"] = torch.zeros(3, 3)
+    save_checkpoint(tmp_path / "checkpoints", state, 9)
+    with pytest.raises(ValueError, match="checkpoint's exp_avg does not fit parameter 0"):
+        run(sample, tmp_path, resume=True)
+
+
+def test_weights_that_name_a_huge_network_take_no_memory_for_it(tmp_path):
+    from safetensors.torch import save_file
+
+    card = {"model": "custom_resnet", "options": {"width": 10**5}, "classes": ["a"], "image_size": 32}
+    save_file({"x": torch.zeros(1)}, tmp_path / "w.safetensors", metadata={"card": json.dumps(card)})
+    with pytest.raises(ValueError, match="no weights file of this package"):
+        checkpoint.load_weights(tmp_path / "w.safetensors")
+
+
+# The command line
+
+
+SMOKE = (
+    "--dataset cifar10-sample --width 4 --batch-size 64 --epochs 2 --max-train-batches 6 "
+    "--max-test-batches 2 --lr 0.01 --precision fp32 --checkpoint-seconds 0"
+).split()
+
+
+@pytest.mark.parametrize("change", [
+    ("epochs", "3"), ("batch_size", "128"), ("model", "resnet18"), ("seed", "1"), ("lr", "0.02"),
+    ("dataset", "cifar10"), ("max_train_batches", "5"), ("width", "8"),
+])  # fmt: skip
+def test_a_changed_configuration_is_not_resumed(change, finished, capsys, monkeypatch):
+    name, value = change
+    split = main.load_split("cifar10-sample", "train"), main.load_split("cifar10-sample", "test")
+    monkeypatch.setattr("data.load_cifar10", lambda part, root: split[part == "test"])
+    flags = ["--output", str(finished), "--resume", f"--{name.replace('_', '-')}", value]
+    with pytest.raises(SystemExit) as stop:
+        main.main([*SMOKE, *flags])
+    printed = capsys.readouterr().err
+    old = getattr(main.parse_config(SMOKE), name)
+    assert stop.value.code == 2 and printed.count("\n") == 1
+    assert f"the run has {name} {old}, not {value}" in printed and "another --output" in printed
+
+
+def test_changed_training_images_are_not_resumed(finished, capsys, monkeypatch):
+    monkeypatch.setattr("data.Split.digest", lambda split: "other")
+    with pytest.raises(SystemExit):
+        main.main([*SMOKE, "--output", str(finished), "--resume"])
+    assert "the training images are not those that the run began with" in capsys.readouterr().err
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """The folder of an uninterrupted run from the command line."""
+    folder = tmp_path_factory.mktemp("runs") / "whole"
+    assert main.main([*SMOKE, "--output", str(folder)]) == 0
+    return folder
+
+
+def start(folder, *flags):
+    """The command line in a process group of its own."""
+    return subprocess.Popen(
+        [sys.executable, "-W", "error", "main.py", *SMOKE, "--output", str(folder), *flags],
+        cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"}, start_new_session=True,
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+
+
+def wait_for(condition, seconds=60):
+    """Look often, so that what follows lands soon after."""
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0.002)
+
+
+def weights_digest(folder):
+    return hashlib.sha256((folder / "weights.safetensors").read_bytes()).hexdigest()
+
+
+def files_equal(one, other, name):
+    return (one / "figures" / name).read_bytes() == (other / "figures" / name).read_bytes()
+
+
+def test_a_run_killed_in_mid_epoch_and_resumed_ends_with_the_same_files(finished, tmp_path):
+    process = start(tmp_path / "r")
+    wait_for((tmp_path / "r/checkpoints/step-00000002.ckpt").exists)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.communicate()
+    state = load_checkpoint(tmp_path / "r/checkpoints")
+    assert process.returncode == -signal.SIGKILL and 0 < state["tally"]["steps"] < 6
+    again = start(tmp_path / "r", "--resume")
+    printed = again.communicate(timeout=120)[0]
+    assert again.returncode == 0 and "resumed in epoch" in printed
+    one, two = (utils.History.load(folder) for folder in (finished, tmp_path / "r"))
+    assert one.lrs == two.lrs and [r.test_loss for r in one.epochs] == [r.test_loss for r in two.epochs]
+    drawn = sorted(path.name for path in (finished / "figures").iterdir())
+    assert [name for name in drawn if not files_equal(finished, tmp_path / "r", name)] == []
+    tensors = [checkpoint.load_weights(folder)[0].state_dict() for folder in (finished, tmp_path / "r")]
+    assert all(torch.equal(tensors[0][name], tensors[1][name]) for name in tensors[0])
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_saves_and_exits_with_128_and_its_number(number, tmp_path):
+    process = start(tmp_path / "r")
+    wait_for((tmp_path / "r/checkpoints/step-00000002.ckpt").exists)
+    process.send_signal(number)
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 128 + number
+    assert err == f"main.py: stopped by {number.name}; --resume continues the run\n"
+    assert load_checkpoint(tmp_path / "r/checkpoints")["tally"]["epoch"] in (1, 2, 3)
+
+
+# Numbers that are wrong
+
+
+@pytest.mark.parametrize("what", ["loss", "gradient", "input", "weight"])
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_a_number_that_is_not_finite_stops_before_the_update(sample, what, precision):
+    torch.manual_seed(0)
+    model = models.make_model("custom_resnet", width=4)
+    optimizer = main.make_optimizer("adam", model)
+    train, _ = loaders_of(sample, 0)
+    batches = [[x.clone() for x in batch] for batch in train]
+    steps = itertools.count(1)
+
+    def inject(module, inputs, output):
+        if next(steps) == 2 and what in ("loss", "gradient"):
+            bad = output * float("nan") if what == "loss" else output
+            if what == "gradient":
+                bad.register_hook(lambda gradient: gradient * float("inf"))
+            return bad
+
+    model.linear.register_forward_hook(inject)
+    if what == "input":
+        batches[1][0][0, 0, 0, 0] = float("nan")
+    before = []
+    optimizer.register_step_post_hook(lambda *_: before.append(copy.deepcopy(list(model.parameters()))))
+    if what == "weight":
+        optimizer.register_step_post_hook(lambda *_: model.linear.bias.data.fill_(float("inf")))
+    with pytest.raises(
+        FloatingPointError, match=r"is (nan|inf) at epoch 1, step 2, learning rate 0.001"
+    ):
+        main.train(model, CPU, batches, optimizer, precision=precision)
+    assert len(before) == 1  # one update was made, and no other
+    kept = zip(before[0], model.parameters(), strict=True)
+    assert what == "weight" or all(torch.equal(a, b) for a, b in kept)
+
+
+def test_a_gradient_that_keeps_overflowing_in_fp16_stops_the_run(sample):
+    model = models.make_model("custom_resnet", width=4)
+    model.linear.weight.register_hook(lambda gradient: gradient * float("inf"))
+    train, test = loaders_of(sample, 0)
+    optimizer = main.make_optimizer("adam", model)
+    with pytest.raises(FloatingPointError, match="gradient in fp16 keeps overflowing"):
+        main.fit_model(model, CPU, train, test, optimizer, epochs=6, precision="fp16")
+
+
+def test_a_network_that_answers_one_class_is_warned_about(sample, capsys):
+    model = models.make_model("custom_resnet", width=4)
+    torch.nn.init.zeros_(model.linear.weight)
+    frozen = torch.optim.SGD(model.parameters(), lr=0.0)
+    main.fit_model(model, CPU, *loaders_of(sample, 0), frozen, epochs=1, precision="fp32")
+    assert "warning: epoch 1 predicts one class for every test image" in capsys.readouterr().out
+
+
+def test_a_loss_no_better_than_guessing_is_warned_about_once_the_warm_up_is_over(capsys):
+    tally = utils.Tally(3, torch.zeros(2), lrs=[0.1, 0.2])
+    main.warn_if_dead(tally, "test", utils.Stats(2.5, 0.1), torch.eye(10))
+    assert capsys.readouterr().out == ""
+    tally.lrs = [0.2, 0.1]
+    main.warn_if_dead(tally, "test", utils.Stats(2.2, 0.1), torch.eye(10))
+    assert capsys.readouterr().out == ""
+    main.warn_if_dead(tally, "test", utils.Stats(2.5, 0.1), torch.eye(10))
+    assert (
+        "after epoch 3 the test loss is 2.500, no better than guessing (2.303)"
+        in capsys.readouterr().out
+    )
+
+
+def test_a_checkpoint_holds_nothing_but_tensors_and_plain_python(sample, tmp_path):
+    run(sample, tmp_path, stop_at=2)
+    path = next((tmp_path / "checkpoints").glob("*.ckpt"))
+    with zipfile.ZipFile(path) as archive:
+        name = next(name for name in archive.namelist() if name.endswith("data.pkl"))
+        words = re.findall(rb"c([\w.]+)\n(\w+)\n", archive.read(name))
+    modules = {module.split(b".")[0] for module, _ in words}
+    assert modules <= {b"torch", b"collections"}
