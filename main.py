@@ -474,12 +474,15 @@ class Signals:
             raise Stopped(number)
 
     def between(self, steps: Iterator[None]) -> Iterator[None]:
-        """The same steps, each of them held."""
-        while True:
-            with self.held():
-                if next(steps, self) is self:
-                    return
-            yield
+        """The same steps, each of them held, and their worker processes ended whatever happens."""
+        try:
+            while True:
+                with self.held():
+                    if next(steps, self) is self:
+                        return
+                yield
+        finally:
+            steps.close()
 
 
 @contextlib.contextmanager
