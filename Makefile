@@ -1,7 +1,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test
+.PHONY: demo test battery
 
 demo: .venv/run
 	$(BIN)/python main.py --recipe demo
@@ -10,6 +10,9 @@ test: .venv/dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/python -m pytest
+
+battery: .venv/dev
+	$(BIN)/python -m tests.battery
 
 .venv/run: requirements.txt constraints.txt
 	$(PYTHON) -m venv .venv

@@ -21,7 +21,7 @@ KEPT = 2  # checkpoints; one alone could be the one that is being replaced
 DIGEST = 32  # bytes of SHA-256 behind a checkpoint: torch.load itself checks nothing
 
 # Fields of a run that may differ between a run and its continuation: they change no number.
-FREE = ("data", "output", "resume", "mirror", "checkpoint_seconds", "device")
+FREE = ("data", "device")
 
 
 def save_checkpoint(

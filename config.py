@@ -9,6 +9,9 @@ from dataclasses import dataclass, field, fields
 
 from models import MODELS
 
+# Where a run is kept and how often: fields that say nothing about what it is.
+PLACES = ("output", "resume", "mirror", "checkpoint_seconds")
+
 CHOICES = {
     "model": tuple(MODELS),
     "dataset": ("cifar10", "cifar10-sample", "folder"),
@@ -190,7 +193,7 @@ def command_of(config: Config) -> str:
     words = ["python", "main.py"]
     for item in fields(Config):
         value = getattr(config, item.name)
-        if value == item.default or item.name in ("output", "resume", "mirror"):
+        if value == item.default or item.name in PLACES:
             continue
         name = item.name.replace("_", "-")
         if item.type is bool:

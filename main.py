@@ -27,7 +27,7 @@ from torch.nn import functional as F
 from tqdm import tqdm
 
 from checkpoint import Checkpoints, check_same_run, load_checkpoint, load_weights
-from config import CHOICES, Config, make_parser, parse_config
+from config import CHOICES, PLACES, Config, make_parser, parse_config
 from data import EpochSampler, Loaders, load_split, make_loader, make_loaders, read_image
 from files import write_whole
 from models import make_model
@@ -114,6 +114,8 @@ def train_steps(
     dtype = pick_precision(precision, device)
     model.to(device, memory_format=torch.channels_last).train()
     for images, labels in progress(loader, tally, max_batches):
+        if not tally.steps:
+            check_batch(model, images, labels, device, dtype)
         images, labels = to_device(images, labels, device)
         lr = optimizer.param_groups[0]["lr"]
         where = f"epoch {tally.epoch}, step {tally.steps + 1}, learning rate {lr:.4g}"
@@ -132,6 +134,26 @@ def train_steps(
     start_epoch(loader, tally.epoch + 1)
     if not tally.steps:
         raise ValueError("the training loader has no batch")
+
+
+def check_batch(model, images: torch.Tensor, labels: torch.Tensor, device, dtype) -> None:
+    """Refuse an epoch's first batch if no sense can be made of it; cross-entropy would skip a -100.
+
+    Raises:
+        ValueError: wrong types, shapes, or a label that is no class; one line.
+    """
+    kinds = f"{images.dtype} {tuple(images.shape)} and {labels.dtype} {tuple(labels.shape)}"
+    if not images.is_floating_point() or images.dim() != 4 or labels.dtype != torch.int64:
+        raise ValueError(f"a batch must be float (N, C, H, W) and int64 (N,), not {kinds}")
+    if labels.shape != images.shape[:1]:
+        raise ValueError(f"a batch needs one label an image, not {kinds}")
+    model.eval()
+    with torch.no_grad(), autocast(device, dtype):
+        classes = model(images[:1].to(device)).shape[1]
+    model.train()
+    low, high = labels.min().item(), labels.max().item()
+    if low < 0 or high >= classes:
+        raise ValueError(f"labels must be 0 to {classes - 1}, not {low} to {high}")
 
 
 def train_step(
@@ -632,7 +654,7 @@ def make_card(config: Config, loaders: Loaders) -> dict:
         "classes": list(loaders.classes),
         **{name: list(values) for name, values in loaders.normalization.items()},
         "data_sha256": loaders.train.dataset.split.digest(),
-        "config": asdict(config),
+        "config": {name: value for name, value in asdict(config).items() if name not in PLACES},
     }
 
 

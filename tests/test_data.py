@@ -183,6 +183,21 @@ def test_an_extracted_tarball_on_disk_is_taken(tmp_path, small_cifar, tarball):
     assert_whole(tmp_path, small_cifar)
 
 
+def test_a_whole_cache_is_only_read(tmp_path, small_cifar, tarball, monkeypatch):
+    (tmp_path / data.CIFAR10_TARBALL).write_bytes(tarball)
+    assert_whole(tmp_path, small_cifar)
+    monkeypatch.setattr(data, "FileLock", None)  # nothing that writes is reached
+    monkeypatch.setattr(data, "write_whole", None)
+    assert_whole(tmp_path, small_cifar)
+
+
+def test_a_single_missing_cached_file_is_fetched_again(tmp_path, small_cifar, tarball):
+    (tmp_path / data.CIFAR10_TARBALL).write_bytes(tarball)
+    assert_whole(tmp_path, small_cifar)
+    (tmp_path / "cifar-10-batches-bin/test_batch.bin").unlink()
+    assert_whole(tmp_path, small_cifar)
+
+
 def test_a_damaged_cached_file_is_fetched_again(tmp_path, small_cifar, tarball, capsys):
     (tmp_path / data.CIFAR10_TARBALL).write_bytes(tarball)
     assert_whole(tmp_path, small_cifar)

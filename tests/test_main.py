@@ -155,12 +155,15 @@ class Numbers(Dataset):
 def test_a_plain_shuffled_loader_has_another_order_and_other_draws_each_epoch():
     model, optimizer = build()
     seen = []
-    model.prep.register_forward_pre_hook(
-        lambda module, inputs: seen.append(inputs[0][:, :, 0, 0].clone())
-    )
+
+    def note(module, inputs):
+        if module.training:
+            seen.append(inputs[0][:, :, 0, 0].clone())
+
+    model.prep.register_forward_pre_hook(note)
     loader = DataLoader(Numbers(), 8, shuffle=True)
     main.fit_model(model, CPU, loader, loader, optimizer, epochs=2, precision="fp32")
-    train_batches = [torch.cat(seen[k : k + 5]) for k in (0, 10)]  # of epoch 1 and 2; between: testing
+    train_batches = [torch.cat(seen[k : k + 5]) for k in (0, 5)]  # of epoch 1 and 2
     orders = [batch[:, 1].tolist() for batch in train_batches]
     assert sorted(orders[0]) == sorted(orders[1]) and orders[0] != orders[1]
     assert not set(train_batches[0][:, 0].tolist()) & set(train_batches[1][:, 0].tolist())
@@ -171,6 +174,28 @@ def test_a_list_of_batches_is_a_loader_too(sample):
     model, optimizer = build()
     history = main.fit_model(model, CPU, [batch], [batch], optimizer, epochs=2, precision="fp32")
     assert len(history.epochs) == 2 and history.epochs[0].images_per_second > 0
+
+
+PIXELS = torch.zeros(4, 3, 32, 32)
+
+
+@pytest.mark.parametrize(
+    ("images", "labels", "message"),
+    [
+        (PIXELS, torch.tensor([0, 1, 2, -100]), "labels must be 0 to 9, not -100 to 2"),
+        (PIXELS, torch.tensor([0, 1, 2, 10]), "labels must be 0 to 9, not 0 to 10"),
+        (PIXELS.byte(), torch.zeros(4, dtype=torch.int64), "must be float .* not torch.uint8"),
+        (PIXELS[0], torch.zeros(3, dtype=torch.int64), "must be float"),
+        (PIXELS, torch.zeros(4), "and int64"),
+        (PIXELS, torch.zeros(3, dtype=torch.int64), "one label an image"),
+    ],
+)
+def test_a_batch_that_makes_no_sense_is_refused_before_the_first_update(images, labels, message):
+    model, optimizer = build()
+    before = weights(model)
+    with pytest.raises(ValueError, match=message) as caught:
+        main.train(model, CPU, [(images, labels)], optimizer, precision="fp32")
+    assert torch.equal(before, weights(model)) and "\n" not in str(caught.value)
 
 
 def test_a_loader_without_batches_is_refused():
