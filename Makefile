@@ -1,7 +1,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test battery
+.PHONY: demo test battery audit
 
 demo: .venv/run
 	$(BIN)/python main.py --recipe demo
@@ -13,6 +13,13 @@ test: .venv/dev
 
 battery: .venv/dev
 	$(BIN)/python -m tests.battery
+
+# pip-audit alone says "no known vulnerabilities" when it could look nothing up: hence --strict.
+audit: .venv/dev
+	$(BIN)/pip install --quiet --disable-pip-version-check pip-audit
+	@$(BIN)/pip-audit --strict --disable-pip --no-deps -r constraints.txt > .venv/audit.log 2>&1; \
+	code=$$?; cat .venv/audit.log; if grep -q "could not be audited" .venv/audit.log; then \
+	echo "Nothing was audited: vulnerabilities cannot be looked up from here."; fi; exit $$code
 
 .venv/run: requirements.txt constraints.txt
 	$(PYTHON) -m venv .venv

@@ -105,7 +105,7 @@ def without_momentum(sample, stop_at: int):
 
 UNSAFE = "TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD"
 KILLED = (
-    "--dataset cifar10-sample --width 12 --batch-size 64 --epochs 3 --max-train-batches 12 "
+    "--dataset cifar10-sample --width 24 --batch-size 64 --epochs 3 --max-train-batches 12 "
     "--max-test-batches 2 --lr 0.01 --precision fp32 --checkpoint-seconds 0"
 ).split()
 
@@ -140,7 +140,7 @@ def killed_run(seed: int, expected: str) -> tuple[int, int, int, bool]:
             aim = before + rng.randrange(1, 9)
             while newest(folder) < aim and process.poll() is None:
                 time.sleep(0.001)
-            time.sleep(rng.random() * 0.05)
+            aim_at_a_save(folder, process) if rng.random() < 0.75 else time.sleep(rng.random() * 0.05)
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)
             process.communicate()
@@ -153,6 +153,12 @@ def killed_run(seed: int, expected: str) -> tuple[int, int, int, bool]:
         if lost:
             print(seed, final.returncode, error[-500:])
     return landed, middle, saving, lost
+
+
+def aim_at_a_save(folder: Path, process: subprocess.Popen) -> None:
+    """Wait until a checkpoint is being written."""
+    while process.poll() is None and not any((folder / "checkpoints").glob(".step-*.tmp")):
+        pass
 
 
 def newest(folder: Path) -> int:
