@@ -800,6 +800,9 @@ def main(argv: list[str] | None = None) -> int:
     except Stopped as stop:
         print(f"main.py: {stop}; --resume continues the run", file=sys.stderr)
         return 128 + stop.number
+    except KeyboardInterrupt:
+        print("main.py: interrupted", file=sys.stderr)
+        return 130
     except (FloatingPointError, OSError) as error:
         print(f"main.py: {error}", file=sys.stderr)
         return 1
