@@ -123,8 +123,9 @@ class Checkpoints:
         if self.folder is None:
             return fresh
         if not resume:
-            if any(self.folder.glob("step-*.ckpt")):
-                raise ValueError(f"{self.folder} holds a run; resume it, or choose another folder")
+            for folder in (self.folder, self.mirror):
+                if folder is not None and any(Path(folder).glob("step-*.ckpt")):
+                    raise ValueError(f"{folder} holds a run; resume it, or choose another folder")
             return fresh
         state = load_checkpoint(self.folder, self.mirror)
         if state is None:

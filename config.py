@@ -5,7 +5,7 @@ import difflib
 import math
 import shlex
 import typing
-from dataclasses import dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields
 
 from models import MODELS
 
@@ -104,6 +104,11 @@ class Config:
         """The keyword arguments of `make_model`."""
         custom = {"dropout": self.dropout, "bias": self.bias} if self.model == "custom_resnet" else {}
         return {"width": self.width, **custom}
+
+    @property
+    def identity(self) -> dict:
+        """What the run is, apart from where it is kept."""
+        return {name: value for name, value in asdict(self).items() if name not in PLACES}
 
     @property
     def fit_options(self) -> dict:

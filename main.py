@@ -27,7 +27,7 @@ from torch.nn import functional as F
 from tqdm import tqdm
 
 from checkpoint import Checkpoints, check_same_run, load_checkpoint, load_weights
-from config import CHOICES, PLACES, Config, make_parser, parse_config
+from config import CHOICES, Config, make_parser, parse_config
 from data import EpochSampler, Loaders, load_split, make_loader, make_loaders, read_image
 from files import write_whole
 from models import make_model
@@ -556,7 +556,10 @@ def open_run(config: Config, device: torch.device, model: nn.Module) -> Path:
         ValueError: `config.output` holds something already; no run overwrites another.
     """
     folder = claim_folder(config)
-    write_whole(folder / "config.json", json.dumps(asdict(config), indent=1))
+    path = folder / "config.json"
+    if path.is_file() and Config(**json.loads(path.read_text())).identity != config.identity:
+        (folder / "lr_finder.json").unlink(missing_ok=True)  # of another run, which left no checkpoint
+    write_whole(path, json.dumps(asdict(config), indent=1))
     write_whole(folder / "environment.json", json.dumps(environment(device), indent=1))
     write_whole(folder / "summary.txt", summarize(model, config.image_size))
     dtype = str(pick_precision(config.precision, device)).removeprefix("torch.")
@@ -606,7 +609,13 @@ def carry_out(config: Config, device, loaders: Loaders, model, optimizer, folder
 def range_test(
     config: Config, device, loaders: Loaders, model, optimizer, folder: Path
 ) -> LRFinderResult:
-    """`find_lr` as the run trains; the result is printed and kept as lr_finder.json."""
+    """`find_lr` as the run trains; the result is printed and kept as lr_finder.json.
+
+    A run that is continued has it already.
+    """
+    path = folder / "lr_finder.json"
+    if config.resume and path.is_file():
+        return LRFinderResult(**json.loads(path.read_text(encoding="utf-8")))
     found = find_lr(
         model,
         device,
@@ -615,7 +624,7 @@ def range_test(
         precision=config.precision,
         label_smoothing=config.label_smoothing,
     )
-    write_whole(folder / "lr_finder.json", json.dumps(asdict(found)))
+    write_whole(path, json.dumps(asdict(found)))
     suggested = [f"{rule} {rate:.3g}" for rule, rate in found.suggestions.items()]
     print(f"range test, {len(found.lrs)} steps: {', '.join(suggested)}")
     return found
@@ -654,7 +663,7 @@ def make_card(config: Config, loaders: Loaders) -> dict:
         "classes": list(loaders.classes),
         **{name: list(values) for name, values in loaders.normalization.items()},
         "data_sha256": loaders.train.dataset.split.digest(),
-        "config": {name: value for name, value in asdict(config).items() if name not in PLACES},
+        "config": config.identity,
     }
 
 

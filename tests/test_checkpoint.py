@@ -159,6 +159,12 @@ def test_a_run_resumes_from_its_mirror_when_its_folder_is_gone(sample, uninterru
     assert run(sample, tmp_path / "other", resume=True, mirror=tmp_path / "drive") == uninterrupted
 
 
+def test_a_mirror_that_holds_another_run_is_not_mixed_with_it(sample, tmp_path):
+    run(sample, tmp_path / "run", mirror=tmp_path / "drive")
+    with pytest.raises(ValueError, match="drive holds a run; resume it, or choose another folder"):
+        run(sample, tmp_path / "other", mirror=tmp_path / "drive")
+
+
 def test_a_mirror_that_cannot_be_written_is_a_warning(sample, uninterrupted, tmp_path, capsys):
     (tmp_path / "drive").write_text("a file where the folder should be")
     assert run(sample, tmp_path / "run", mirror=tmp_path / "drive") == uninterrupted
@@ -434,6 +440,18 @@ def test_a_run_killed_in_mid_epoch_and_resumed_ends_with_the_same_files(finished
     drawn = sorted(path.name for path in (finished / "figures").iterdir())
     assert [name for name in drawn if not files_equal(finished, tmp_path / "r", name)] == []
     assert weights_digest(finished) == weights_digest(tmp_path / "r")
+
+
+def test_a_range_test_is_run_once_and_again_only_for_another_run(tmp_path, monkeypatch):
+    calls = []
+    found = utils.LRFinderResult([1e-4, 1e-3], [2.0, 1.0], {"start": 5e-4, "minimum": 0.02})
+    monkeypatch.setattr(main, "find_lr", lambda *args, **options: calls.append(1) or found)
+    monkeypatch.setattr(main, "fit_model", lambda *args, **options: None)
+    monkeypatch.setattr(main, "report_run", lambda *args: None)
+    flags = [flag for flag in SMOKE if flag not in ("--lr", "0.01")]
+    for extra, expected in ([], 1), (["--resume"], 1), (["--resume", "--seed", "1"], 2):
+        assert main.main([*flags, "--output", str(tmp_path / "r"), *extra]) == 0
+        assert len(calls) == expected
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
