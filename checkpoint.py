@@ -45,20 +45,23 @@ def save_checkpoint(
     path = Path(folder) / f"step-{step:08d}.ckpt"
     path.parent.mkdir(parents=True, exist_ok=True)
     write_whole(path, content)
-    remove_old(path.parent)
+    remove_old(path)
     if mirror is not None:
         try:
-            Path(mirror).mkdir(parents=True, exist_ok=True)
+            # No parents: where a drive is not mounted, its folder must not be made on the local disk.
+            Path(mirror).mkdir(exist_ok=True)
             write_whole(Path(mirror) / path.name, content)
-            remove_old(Path(mirror))
+            remove_old(Path(mirror) / path.name)
         except OSError as error:
             print(f"warning: no copy of {path.name} in {mirror}: {error.strerror or error}")
     return path
 
 
-def remove_old(folder: Path) -> None:
-    """Remove all but the newest checkpoints, and what killed processes left half written."""
-    for path in [*sorted(folder.glob("step-*.ckpt"))[:-KEPT], *folder.glob(".step-*.tmp")]:
+def remove_old(newest: Path) -> None:
+    """Remove all but the last checkpoints up to `newest`, and what killed processes left behind."""
+    folder = newest.parent
+    older = [path for path in sorted(folder.glob("step-*.ckpt")) if path.name <= newest.name]
+    for path in [*older[:-KEPT], *folder.glob(".step-*.tmp")]:
         path.unlink(missing_ok=True)
 
 
@@ -67,15 +70,22 @@ def load_checkpoint(*folders: str | Path | None) -> dict | None:
 
     A damaged one is named, set aside as *.damaged, and passed over for the one before. Tensors are on
     the CPU; nothing in a file can run.
+
+    Raises:
+        OSError, MemoryError: a file may be whole, but cannot be read now.
     """
     present = [Path(folder) for folder in folders if folder is not None]
     paths = [path for folder in present for path in folder.glob("step-*.ckpt")]
     for path in sorted(paths, key=lambda path: path.name, reverse=True):
         try:
             return read_checkpoint(path)
+        except (OSError, MemoryError):
+            raise
         except Exception as error:  # whatever a damaged or hostile file raises
             print(f"warning: checkpoint {path} is damaged ({error}); trying the one before")
             set_aside(path)
+    if paths:
+        print("warning: no checkpoint is whole; starting from the beginning")
     return None
 
 
@@ -101,15 +111,16 @@ class Checkpoints:
         folder: of the run, or None to keep nothing.
         parts: what has a state_dict, by name: model, optimizer, scheduler, scaler.
         card: of the run; its `config` must be the same when the run is continued.
+        facts: about the training, plain data; the same when the run is continued.
         mirror: a second folder for copies.
         seconds: between two checkpoints.
     """
 
-    def __init__(self, folder, parts: dict, card: dict | None, mirror, seconds: float):
+    def __init__(self, folder, parts: dict, card: dict | None, facts: dict, mirror, seconds: float):
         self.run = folder and Path(folder)
         self.folder = folder and Path(folder) / "checkpoints"
         self.parts = {name: part for name, part in parts.items() if part is not None}
-        self.card, self.mirror, self.seconds = card, mirror, seconds
+        self.card, self.facts, self.mirror, self.seconds = card, facts, mirror, seconds
         self.saved = time.monotonic()
         self.failure: OSError | None = None
 
@@ -122,16 +133,23 @@ class Checkpoints:
         fresh = History(), Tally(epoch=1, totals=torch.zeros(2, device=device))
         if self.folder is None:
             return fresh
+        self.folder.mkdir(parents=True, exist_ok=True)
         if not resume:
             for folder in (self.folder, self.mirror):
                 if folder is not None and any(Path(folder).glob("step-*.ckpt")):
                     raise ValueError(f"{folder} holds a run; resume it, or choose another folder")
-            return fresh
-        state = load_checkpoint(self.folder, self.mirror)
+        state = load_checkpoint(self.folder, self.mirror) if resume else None
         if state is None:
+            self.save(*fresh)  # of the beginning: to begin again from these weights, whatever comes
             return fresh
-        check_same_run(state["card"], self.card)
-        return self.restore(state, device)
+        try:
+            check_same_run(state["card"], self.card)
+            check_same("training", state["facts"], self.facts)
+            return self.restore(state, device)
+        except (KeyError, TypeError, AttributeError) as error:
+            raise ValueError(
+                f"the checkpoint in {self.folder} is not of this version ({error})"
+            ) from None
 
     def restore(self, state: dict, device: torch.device) -> tuple[History, Tally]:
         """Load a state into the parts, and return its history and tally."""
@@ -154,6 +172,7 @@ class Checkpoints:
             return
         state = {
             "card": self.card,
+            "facts": self.facts,
             "parts": {name: part.state_dict() for name, part in self.parts.items()},
             "history": asdict(history),
             "tally": {**vars(tally), "totals": tally.totals.cpu()},
@@ -189,16 +208,27 @@ def check_same_run(before: dict | None, now: dict | None) -> None:
     """Refuse to continue a run with another configuration or other data."""
     if before is None or now is None:
         return
-    for name, value in now["config"].items():
-        old = before["config"].get(name)
-        if name not in FREE and old != value and not (name == "workers" and old and value):
-            flag = name.replace("_", "-")
-            raise ValueError(
-                f"the run has {name} {old}, not {value}: continue it with --{flag} {old}, "
-                "or start another with another --output"
-            )
+    both_have_workers = before["config"].get("workers") and now["config"]["workers"]
+    free = (*FREE, "workers") if both_have_workers else FREE
+    config = {name: value for name, value in now["config"].items() if name not in free}
+    check_same("run", before["config"], config)
     if before["data_sha256"] != now["data_sha256"]:
         raise ValueError("the training images are not those that the run began with")
+
+
+def check_same(what: str, before: dict, now: dict) -> None:
+    """Refuse another value than before, and say what would do."""
+    for name, value in now.items():
+        old = before.get(name)
+        if old != value:
+            flag = name.replace("_", "-")
+            words = {None: f"without --{flag}", True: f"with --{flag}", False: f"with --no-{flag}"}
+            plain = old is None or isinstance(old, bool)
+            cure = words[old] if plain else f"with --{flag} {old}"
+            raise ValueError(
+                f"the {what} has {name} {old}, not {value}: continue it {cure}, "
+                "or start another with another --output (and --mirror)"
+            )
 
 
 def check_shapes(stored: dict, parts: dict) -> None:
@@ -228,8 +258,18 @@ def save_weights(path: str | Path, model: nn.Module, card: dict) -> None:
     Raises:
         OSError: it could not be written.
     """
-    tensors = {name: tensor.contiguous() for name, tensor in model.state_dict().items()}
-    write_whole(path, save(tensors, metadata={"card": json.dumps(card)}))
+    tensors = {name: tensor.cpu().contiguous() for name, tensor in model.state_dict().items()}
+    # One entry: safetensors writes several in an order that changes from process to process.
+    write_whole(path, save(tensors, metadata={"card": json.dumps(card | {"sha256": digest(tensors)})}))
+
+
+def digest(tensors: dict[str, torch.Tensor]) -> str:
+    """SHA-256 of names and bytes of some tensors."""
+    found = hashlib.sha256()
+    for name in sorted(tensors):
+        found.update(name.encode())
+        found.update(tensors[name].contiguous().flatten().view(torch.uint8).numpy())
+    return found.hexdigest()
 
 
 def load_weights(path: str | Path) -> tuple[nn.Module, dict]:
@@ -248,11 +288,14 @@ def load_weights(path: str | Path) -> tuple[nn.Module, dict]:
     try:
         with safe_open(path, framework="pt") as file:
             card = json.loads((file.metadata() or {})["card"])
+            missing = {"model", "options", "classes", "mean", "std", "image_size"} - set(card)
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118, no mapping
+        if missing or card.pop("sha256") != digest(tensors):
+            raise ValueError(f"the card lacks {sorted(missing)}" if missing else "it is damaged")
         with torch.device("meta"):
             model = make_model(card["model"], len(card["classes"]), **card["options"])
         model.load_state_dict(tensors, strict=True, assign=True)
     except (SafetensorError, OSError, KeyError, TypeError, ValueError, RuntimeError) as error:
         reason = (str(error) or type(error).__name__).splitlines()[-1].strip()
         raise ValueError(f"{path} is no weights file of this package ({reason})") from None
-    return model, card
+    return model.float(), card

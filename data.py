@@ -6,6 +6,7 @@ import json
 import os
 import random
 import shutil
+import signal
 import subprocess
 import tarfile
 import tempfile
@@ -575,9 +576,13 @@ def make_loaders(config: Config, device="cpu", transform=None) -> Loaders:
     )
 
 
-def one_thread(worker: int) -> None:
-    """Keep OpenCV's threads from crowding the processes that already fill the cores."""
+def set_up_worker(worker: int) -> None:
+    """Set up a worker: no threads of OpenCV's beside the processes that fill the cores, no Ctrl-C.
+
+    A Ctrl-C goes to every process of a terminal; the main one saves the run first and ends the workers.
+    """
     cv2.setNumThreads(0)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 def make_loader(split: Split, transform, device, config: Config, shuffle: bool = False) -> DataLoader:
@@ -597,7 +602,7 @@ def make_loader(split: Split, transform, device, config: Config, shuffle: bool =
         Samples(split, transform, size, config.seed, shuffle),
         **common,
         num_workers=workers,
-        worker_init_fn=one_thread,
+        worker_init_fn=set_up_worker,
         persistent_workers=True,
         pin_memory=torch.device(device).type == "cuda",
     )

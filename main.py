@@ -113,6 +113,7 @@ def train_steps(
     """The rest of the epoch that `tally` counts, one update at a time; yields between them."""
     dtype = pick_precision(precision, device)
     model.to(device, memory_format=torch.channels_last).train()
+    began = time.perf_counter() - tally.seconds
     for images, labels in progress(loader, tally, max_batches):
         if not tally.steps:
             check_batch(model, images, labels, device, dtype)
@@ -130,6 +131,7 @@ def train_steps(
         tally.lrs.append(lr)
         tally.images += len(labels)
         tally.steps += 1
+        tally.seconds = time.perf_counter() - began
         yield
     start_epoch(loader, tally.epoch + 1)
     if not tally.steps:
@@ -289,19 +291,23 @@ def fit_model(
     device = torch.device(device)
     scaler = make_scaler(device, pick_precision(precision, device))
     parts = {"model": model, "optimizer": optimizer, "scheduler": scheduler, "scaler": scaler}
-    kept = Checkpoints(folder, parts, card, mirror, checkpoint_seconds)
+    facts = facts_of(device, precision, epochs, seed, label_smoothing, train_loader, max_train_batches)
+    kept = Checkpoints(folder, parts, card, facts, mirror, checkpoint_seconds)
     model.to(device, memory_format=torch.channels_last)
     history, tally = kept.start(resume, device)
     options = {"precision": precision, "label_smoothing": label_smoothing, "seed": seed}
-    steps = (model, device, train_loader, optimizer, scheduler, scaler)
+    steps = (model, device, train_loader, optimizer, scheduler)
     judge = (model, device, val_loader, test_loader, epochs, precision, max_test_batches)
-    with event_writer(folder, history) as writer, signals_noted() as signals:
+    if tally.epoch > epochs:
+        kept.save_epoch(history, tally)  # all is done, but its folder may be a new one
+    with event_log(folder, history) as update_events, signals_noted() as signals:
         try:
             while tally.epoch <= epochs:
                 start = time.perf_counter() - tally.seconds
                 start_epoch(train_loader, tally.epoch, tally.steps)
-                for _ in signals.between(train_steps(*steps, tally, max_train_batches, **options)):
-                    tally.seconds = time.perf_counter() - start
+                for _ in signals.between(
+                    train_steps(*steps, scaler, tally, max_train_batches, **options)
+                ):
                     kept.save_if_due(history, tally)
                 row = evaluate(*judge, tally, start)
                 with signals.held():
@@ -310,13 +316,26 @@ def fit_model(
                     tally = Tally(row.epoch + 1, torch.zeros(2, device=device))
                     kept.save_epoch(history, tally)
                 print_row(row, header=len(history.epochs) == 1)
-                write_events(writer, row, history.lrs)
+                if folder is not None and kept.failure is None:  # events are a view of the history
+                    update_events()
         except Stopped:
-            kept.save(history, tally)
+            with signals.held():
+                kept.save(history, tally)
             raise
     if kept.failure:
         raise kept.failure
     return history
+
+
+def facts_of(device, precision, epochs, seed, label_smoothing, loader, max_batches) -> dict:
+    """What must be the same when a training is continued; the precision as the device resolves it."""
+    return {
+        "precision": str(pick_precision(precision, device)).removeprefix("torch."),
+        "epochs": epochs,
+        "seed": seed,
+        "label_smoothing": label_smoothing,
+        "steps_per_epoch": min(len(loader), max_batches or len(loader)),
+    }
 
 
 def evaluate(
@@ -429,34 +448,39 @@ def print_row(row: Epoch, header: bool) -> None:
 
 
 @contextlib.contextmanager
-def event_writer(folder: str | Path | None, history: History):
-    """TensorBoard's writer for a run folder, with the epochs so far in it; None for no folder.
+def event_log(folder: str | Path | None, history: History):
+    """A function that brings a run folder's TensorBoard events up to date with the history.
 
-    Events are written anew when a run is continued: what a killed run left may lack some or have more.
+    They are written anew when a run is continued: what a killed run left may lack some or have more.
     """
-    if folder is None:
-        yield None
-        return
-    from torch.utils.tensorboard import SummaryWriter  # two seconds of imports
+    writers = []
 
-    path = Path(folder) / "tensorboard"
-    shutil.rmtree(path, ignore_errors=True)
-    with SummaryWriter(path) as writer:
-        steps = len(history.lrs) // max(1, len(history.epochs))
-        for row in history.epochs:
-            write_events(writer, row, history.lrs[: steps * row.epoch])
-        yield writer
+    def update() -> None:
+        rows = history.epochs[-1:]
+        if not writers:
+            from torch.utils.tensorboard import SummaryWriter  # two seconds of imports
+
+            path, rows = Path(folder) / "tensorboard", history.epochs
+            shutil.rmtree(path, ignore_errors=True)
+            writers.append(SummaryWriter(path))
+        for row in rows:
+            write_events(
+                writers[0], row, history.lrs[: row.epoch * len(history.lrs) // len(history.epochs)]
+            )
+
+    try:
+        yield update
+    finally:
+        for writer in writers:
+            writer.close()
 
 
 def write_events(writer, row: Epoch, lrs: list[float]) -> None:
-    """One epoch's numbers, and the rate of each of its steps, for TensorBoard."""
-    if writer is None:
-        return
+    """One epoch's numbers, and the rate of each of its steps, which are the last of `lrs`."""
     for part, stats in row.stats().items():
         for metric, value in stats._asdict().items():
             writer.add_scalar(f"{metric}/{part}", value, row.epoch)
-    steps = len(lrs) // row.epoch
-    for step in range(len(lrs) - steps, len(lrs)):
+    for step in range(len(lrs) - len(lrs) // row.epoch, len(lrs)):
         writer.add_scalar("lr", lrs[step], step)
     writer.flush()
 
@@ -473,15 +497,17 @@ class Signals:
     """Lets SIGINT and SIGTERM end a run between two updates, never within one."""
 
     def __init__(self):
-        self.depth, self.number = 0, None
+        self.depth, self.number, self.since = 0, None, 0.0
 
     def handle(self, number: int, frame) -> None:
         """Raise `Stopped`, or note it for the end of what must not be interrupted."""
         if not self.depth:
             raise Stopped(number)
-        if self.number is not None:
+        now = time.monotonic()
+        if self.number is None:
+            self.number, self.since = number, now
+        elif number == signal.SIGINT and now - self.since > 1:
             raise KeyboardInterrupt  # asked twice: at once, and without a checkpoint of half an update
-        self.number = number
 
     @contextlib.contextmanager
     def held(self):
@@ -489,6 +515,10 @@ class Signals:
         self.depth += 1
         try:
             yield
+        except RuntimeError:
+            if self.number is None:
+                raise
+            # A worker process got the signal too, and was missed before the update.
         finally:
             self.depth -= 1
         if not self.depth and self.number is not None:
@@ -543,21 +573,24 @@ def prepare(config: Config) -> tuple[torch.device, Loaders, nn.Module, torch.opt
     model = make_model(config.model, len(loaders.classes), **config.model_options)
     model.to(device, memory_format=torch.channels_last)
     optimizer = make_optimizer(config.optimizer, model, config.lr or 1e-3, config.weight_decay)
-    if config.resume:
-        state = load_checkpoint(Path(config.output) / "checkpoints", config.mirror)
-        check_same_run(state and state["card"], make_card(config, loaders))
-    return device, loaders, model, optimizer, open_run(config, device, model)
+    return device, loaders, model, optimizer, open_run(config, device, loaders, model)
 
 
-def open_run(config: Config, device: torch.device, model: nn.Module) -> Path:
+def open_run(config: Config, device: torch.device, loaders: Loaders, model: nn.Module) -> Path:
     """Make the run folder and write what the run is: configuration, machine, network.
 
     Raises:
-        ValueError: `config.output` holds something already; no run overwrites another.
+        ValueError: `config.output` holds something already, or, with `config.resume`, another run; it
+            is left as it was.
     """
+    if config.resume:
+        state = load_checkpoint(Path(config.output) / "checkpoints", config.mirror)
+        if state is not None:
+            check_same_run(state.get("card"), make_card(config, loaders))
     folder = claim_folder(config)
     path = folder / "config.json"
-    if path.is_file() and Config(**json.loads(path.read_text())).identity != config.identity:
+    before = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    if any(before.get(name) != value for name, value in config.identity.items()):
         (folder / "lr_finder.json").unlink(missing_ok=True)  # of another run, which left no checkpoint
     write_whole(path, json.dumps(asdict(config), indent=1))
     write_whole(folder / "environment.json", json.dumps(environment(device), indent=1))
@@ -812,6 +845,9 @@ def main(argv: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("main.py: interrupted", file=sys.stderr)
         return 130
+    except ValueError as error:
+        print(f"main.py: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
     except (FloatingPointError, OSError) as error:
         print(f"main.py: {error}", file=sys.stderr)
         return 1

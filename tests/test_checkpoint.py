@@ -70,9 +70,8 @@ def run(sample, folder=None, stop_at=None, workers=0, optimizer="adam", **option
             optimizer,
             scheduler,
             EPOCHS,
-            precision="fp32",
             folder=folder,
-            **options,
+            **({"precision": "fp32"} | options),
         )
         return outcome(model, optimizer, history)
 
@@ -123,6 +122,74 @@ def test_looking_at_checkpoints_and_the_clock_changes_nothing(sample, uninterrup
 def test_resuming_a_finished_run_trains_no_more(sample, uninterrupted, tmp_path):
     run(sample, tmp_path)
     assert run(sample, tmp_path, resume=True) == uninterrupted
+
+
+def test_a_finished_run_comes_back_whole_from_its_mirror(sample, uninterrupted, tmp_path):
+    card = {"config": {}, "data_sha256": ""}
+    run(sample, tmp_path / "run", mirror=tmp_path / "drive", card=card)
+    again = {"resume": True, "mirror": tmp_path / "drive", "card": card}
+    assert run(sample, tmp_path / "other", **again) == uninterrupted
+    names = {path.name for path in (tmp_path / "other").iterdir()}
+    assert names >= {"history.json", "history.csv", "weights.safetensors", "checkpoints"}
+
+
+def test_a_run_that_failed_begins_again_from_its_first_weights(
+    sample, uninterrupted, tmp_path, monkeypatch
+):
+    step = main.train_step
+
+    def fail(*arguments):
+        raise FloatingPointError
+
+    monkeypatch.setattr(main, "train_step", fail)
+    with pytest.raises(FloatingPointError):
+        run(sample, tmp_path)
+    monkeypatch.setattr(main, "train_step", step)
+    assert load_checkpoint(tmp_path / "checkpoints")["tally"]["steps"] == 0
+    assert run(sample, tmp_path, resume=True) == uninterrupted
+
+
+@pytest.mark.parametrize("change", [{"epochs": 3}, {"seed": 1}, {"precision": "bf16"}])
+def test_another_training_is_not_resumed_even_without_a_card(change, sample, tmp_path, monkeypatch):
+    run(sample, tmp_path, stop_at=2)
+    name = next(iter(change))
+    if name == "epochs":
+        monkeypatch.setattr(sys.modules[__name__], "EPOCHS", 3)
+    options = {} if name == "epochs" else change
+    with pytest.raises(ValueError, match=f"the training has {name} .*, not "):
+        run(sample, tmp_path, resume=True, **options)
+
+
+def test_a_file_that_cannot_be_read_now_is_not_called_damaged(tmp_path, monkeypatch):
+    save_two(tmp_path)
+
+    def unplugged(path):
+        raise OSError(107, "Transport endpoint is not connected")
+
+    monkeypatch.setattr(Path, "read_bytes", unplugged)
+    with pytest.raises(OSError, match="Transport endpoint"):
+        load_checkpoint(tmp_path)
+    assert len(list(tmp_path.glob("*.ckpt"))) == 2
+
+
+def test_an_older_run_goes_on_beside_newer_files_without_losing_its_own(tmp_path):
+    save_two(tmp_path)
+    save_checkpoint(tmp_path, {"step": 0}, 0)
+    assert {path.name[5:13] for path in tmp_path.iterdir()} == {"00000000", "00000001", "00000002"}
+
+
+def test_a_mirror_on_a_drive_that_is_not_mounted_is_not_made_on_this_one(tmp_path, capsys):
+    save_checkpoint(tmp_path / "run", {"step": 1}, 1, mirror=tmp_path / "drive" / "run")
+    assert "warning: no copy of step-00000001.ckpt" in capsys.readouterr().out
+    assert not (tmp_path / "drive").exists()
+
+
+def test_a_flipped_bit_in_a_weights_file_is_noticed(finished, tmp_path):
+    content = bytearray((finished / "weights.safetensors").read_bytes())
+    content[-100] ^= 1
+    (tmp_path / "w.safetensors").write_bytes(content)
+    with pytest.raises(ValueError, match="it is damaged"):
+        checkpoint.load_weights(tmp_path / "w.safetensors")
 
 
 def test_resuming_what_never_began_begins(sample, uninterrupted, tmp_path):
@@ -249,7 +316,6 @@ def test_a_full_disk_leaves_the_old_file_and_nothing_else(tmp_path):
 def test_a_full_disk_does_not_stop_training_but_is_told_at_once_and_at_the_end(
     sample, tmp_path, capsys, monkeypatch
 ):
-    monkeypatch.setattr(main, "event_writer", lambda *_: contextlib.nullcontext())
     with disk_full(), pytest.raises(OSError, match="File too large"):
         run(sample, tmp_path)
     printed = capsys.readouterr().out
@@ -341,8 +407,11 @@ def test_weights_that_name_a_huge_network_take_no_memory_for_it(tmp_path):
     from safetensors.torch import save_file
 
     card = {"model": "custom_resnet", "options": {"width": 10**5}, "classes": ["a"], "image_size": 32}
-    save_file({"x": torch.zeros(1)}, tmp_path / "w.safetensors", metadata={"card": json.dumps(card)})
-    with pytest.raises(ValueError, match="no weights file of this package"):
+    tensors = {"x": torch.zeros(1)}
+    card |= {"mean": [], "std": [], "sha256": checkpoint.digest(tensors)}
+    metadata = {"card": json.dumps(card)}
+    save_file(tensors, tmp_path / "w.safetensors", metadata=metadata)
+    with pytest.raises(ValueError, match="no weights file of this package .*[Uu]nexpected key"):
         checkpoint.load_weights(tmp_path / "w.safetensors")
 
 
@@ -379,6 +448,20 @@ def test_a_changed_configuration_is_not_resumed(change, finished, capsys, monkey
     old = getattr(main.parse_config(SMOKE), name)
     assert stop.value.code == 2 and printed.count("\n") == 1
     assert f"the run has {name} {old}, not {value}" in printed and "another --output" in printed
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "advice"),
+    [
+        (None, 0.1, "without --lr,"),
+        (True, False, "with --lr,"),
+        (False, True, "with --no-lr,"),
+        (0.2, None, "with --lr 0.2,"),
+    ],
+)
+def test_a_refusal_names_flags_that_exist(old, new, advice):
+    with pytest.raises(ValueError, match=f"the run has lr {old}, not {new}: continue it {advice}"):
+        checkpoint.check_same("run", {"lr": old}, {"lr": new})
 
 
 def test_changed_training_images_are_not_resumed(finished, capsys, monkeypatch):

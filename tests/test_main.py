@@ -561,10 +561,11 @@ def test_a_refused_run_leaves_no_folder(tmp_path):
 def test_weights_of_another_shape_are_refused(finished, tmp_path):
     from safetensors.torch import save_file
 
-    from checkpoint import load_weights
+    from checkpoint import digest, load_weights
 
     _, card = load_weights(finished)
     wide = models.make_model("custom_resnet", width=8).state_dict()
-    save_file(wide, tmp_path / "w.safetensors", metadata={"card": json.dumps(card)})
+    metadata = {"card": json.dumps(card | {"sha256": digest(wide)})}
+    save_file(wide, tmp_path / "w.safetensors", metadata=metadata)
     with pytest.raises(ValueError, match="no weights file of this package .*size mismatch"):
         load_weights(tmp_path / "w.safetensors")
