@@ -12,6 +12,7 @@ import tarfile
 import tempfile
 import time
 import urllib.request
+import warnings
 from dataclasses import dataclass
 from http.client import HTTPException
 from pathlib import Path
@@ -342,6 +343,9 @@ def load_folder(split: str, root: Path, image_size: int) -> Split:
                 f"{root}/train has classes {classes['train']}, {root}/test {classes['test']}"
             )
         return read_images(*list_images(root / split), image_size)
+    for part, other in (("train", "test"), ("test", "train")):
+        if (root / part).is_dir() and len(list(root.iterdir())) == 1:
+            raise ValueError(f"{root} has a folder {part} but none named {other}")
     classes, files = list_images(root)
     # Whatever the run's seed: runs with different seeds are judged on the same images.
     train, test = stratified_split(np.array([label for _, label in files]), 0.2, seed=0)
@@ -389,9 +393,9 @@ def read_image(path: str | Path, size: int) -> np.ndarray:
         ValueError: no file, no image, or more than `MOST_PIXELS` pixels.
     """
     try:
-        with Image.open(path, formats=IMAGE_FORMATS) as image:
+        with quiet_open(path) as image:
             if image.width * image.height > MOST_PIXELS:
-                raise ValueError(f"{image.width} x {image.height} pixels")
+                raise ValueError(f"{image.width} x {image.height} pixels, over {MOST_PIXELS:,}")
             upright = ImageOps.exif_transpose(image)
             if upright.mode.startswith("I;16"):  # Pillow would cut the values off at 255
                 upright = Image.fromarray((np.asarray(upright) >> 8).astype(np.uint8))
@@ -402,12 +406,24 @@ def read_image(path: str | Path, size: int) -> np.ndarray:
         raise ValueError(f"{path} is no readable image ({reason})") from None
 
 
+@contextlib.contextmanager
+def quiet_open(path: str | Path):
+    """An image file, without Pillow's warning of its size: `read_image` has its own limit."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+        image = Image.open(path, formats=IMAGE_FORMATS)
+    with image:
+        yield image
+
+
 def stratified_split(labels: np.ndarray, fraction: float, seed: int) -> tuple[np.ndarray, np.ndarray]:
     """Indices to keep and to hold out, `fraction` of each class; f(seed), both ascending.
 
     Raises:
         ValueError: a class is too small to be on both sides.
     """
+    if np.bincount(labels)[np.unique(labels)].min() < 2:
+        raise ValueError(f"cannot hold out {fraction:.0%} of {len(labels)} images: a class has only one")
     from sklearn.model_selection import train_test_split  # a second of imports that few runs need
 
     try:

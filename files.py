@@ -23,9 +23,11 @@ def write_whole(path: str | Path, content: bytes | str) -> None:
             file.flush()
             os.fsync(file.fileno())
         os.replace(partial, path)
-    except BaseException:
+    except BaseException as error:
         with contextlib.suppress(OSError):
             partial.unlink()
+        if isinstance(error, OSError):
+            error.filename = str(path)  # a failed write does not say of which file
         raise
     sync_folder(path.parent)
 

@@ -349,14 +349,14 @@ def evaluate(
     for part, loader in loaders.items():
         logits, labels = forward_all(model, device, loader, precision, max_batches)
         stats[part] = score(logits, labels)
-        warn_if_dead(tally, part, stats[part], logits)
+        warn_if_dead(tally, part, stats[part], logits, last=tally.epoch == epochs)
     seconds, speed = time.perf_counter() - start, tally.images / tally.seconds
     return make_row(tally.epoch, tally.lrs[-1], stats, seconds, speed)
 
 
-def warn_if_dead(tally: Tally, part: str, stats: Stats, logits: torch.Tensor) -> None:
+def warn_if_dead(tally: Tally, part: str, stats: Stats, logits: torch.Tensor, last: bool) -> None:
     """Say so if, with the warm-up over, a network knows no more than a constant answer would."""
-    if tally.lrs[-1] > tally.lrs[0]:
+    if tally.lrs[-1] > tally.lrs[0] and not last:
         return
     chance = math.log(logits.shape[1])
     if len(logits.argmax(1).unique()) == 1:
@@ -589,7 +589,9 @@ def open_run(config: Config, device: torch.device, loaders: Loaders, model: nn.M
             check_same_run(state.get("card"), make_card(config, loaders))
     folder = claim_folder(config)
     path = folder / "config.json"
-    before = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    before = {}
+    with contextlib.suppress(OSError, ValueError):  # absent or damaged: written anew below
+        before = json.loads(path.read_text(encoding="utf-8"))
     if any(before.get(name) != value for name, value in config.identity.items()):
         (folder / "lr_finder.json").unlink(missing_ok=True)  # of another run, which left no checkpoint
     write_whole(path, json.dumps(asdict(config), indent=1))
@@ -785,9 +787,24 @@ def report_command(argv: list[str]) -> None:
         model, card, device = read_model(given)
         if not (folder / "history.json").is_file():
             raise ValueError(f"{folder} is no run folder: it has no history.json")
+        check_files(folder)
         config = run_config(card, given)
         loaders = make_loaders(config, device)
     report_run(config, device, loaders, model, folder)
+
+
+def check_files(folder: Path) -> None:
+    """Refuse a run folder whose JSON files are not what this package writes, naming the file."""
+    readers = {
+        "config.json": lambda path: Config(**json.loads(path.read_text(encoding="utf-8"))),
+        "environment.json": lambda path: json.loads(path.read_text(encoding="utf-8"))["machine"],
+        "history.json": lambda path: History.load(path.parent),
+    }
+    for name, read in readers.items():
+        try:
+            read(folder / name)
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise ValueError(f"{folder / name} is not what a run writes ({error})") from None
 
 
 def model_parser(command: str, description: str):

@@ -603,12 +603,12 @@ def test_a_network_that_answers_one_class_is_warned_about(sample, capsys):
 
 def test_a_loss_no_better_than_guessing_is_warned_about_once_the_warm_up_is_over(capsys):
     tally = utils.Tally(3, torch.zeros(2), lrs=[0.1, 0.2])
-    main.warn_if_dead(tally, "test", utils.Stats(2.5, 0.1), torch.eye(10))
+    main.warn_if_dead(tally, "test", utils.Stats(2.5, 0.1), torch.eye(10), last=False)
     assert capsys.readouterr().out == ""
     tally.lrs = [0.2, 0.1]
-    main.warn_if_dead(tally, "test", utils.Stats(2.2, 0.1), torch.eye(10))
+    main.warn_if_dead(tally, "test", utils.Stats(2.2, 0.1), torch.eye(10), last=True)
     assert capsys.readouterr().out == ""
-    main.warn_if_dead(tally, "test", utils.Stats(2.5, 0.1), torch.eye(10))
+    main.warn_if_dead(tally, "test", utils.Stats(2.5, 0.1), torch.eye(10), last=False)
     assert (
         "after epoch 3 the test loss is 2.500, no better than guessing (2.303)"
         in capsys.readouterr().out

@@ -360,7 +360,7 @@ def test_an_unusable_folder_is_refused_in_one_line(folder, change, message):
 def test_an_image_of_too_many_pixels_is_refused_undecoded(tmp_path, monkeypatch):
     Image.new("RGB", (100, 100)).save(tmp_path / "big.png")
     monkeypatch.setattr(data, "MOST_PIXELS", 9_999)
-    with pytest.raises(ValueError, match="100 x 100 pixels"):
+    with pytest.raises(ValueError, match="100 x 100 pixels, over 9,999"):
         data.read_image(tmp_path / "big.png", 32)
 
 

@@ -1,6 +1,7 @@
 import json
 import math
 import re
+import shutil
 
 import numpy as np
 import pytest
@@ -449,6 +450,18 @@ def test_a_report_can_be_written_again(finished, capsys):
     (finished / "report.md").unlink()
     assert main.main(["report", str(finished)]) == 0
     assert (finished / "report.md").read_text() == before
+
+
+@pytest.mark.parametrize("name", ["config.json", "environment.json", "history.json"])
+@pytest.mark.parametrize("content", ["", "[]", '{"model": 3}'])
+def test_a_run_folder_with_a_damaged_file_is_refused_by_name(finished, tmp_path, name, content, capsys):
+    shutil.copytree(finished, tmp_path / "r")
+    (tmp_path / "r" / name).write_text(content)
+    with pytest.raises(SystemExit) as stop:
+        main.main(["report", str(tmp_path / "r")])
+    printed = capsys.readouterr().err
+    assert stop.value.code == 2 and printed.count("\n") == 1
+    assert f"{name} is not what a run writes" in printed
 
 
 def test_a_run_that_diverges_exits_with_1_and_keeps_what_it_had(tmp_path, capsys):
