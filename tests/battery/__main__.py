@@ -136,9 +136,9 @@ def killed_run(seed: int, expected: str) -> tuple[int, int, int, bool]:
         folder = Path(root) / "run"
         for _ in range(3):
             process = start(folder, "--resume")
-            before = newest(folder)
+            before = small.newest(folder)
             aim = before + rng.randrange(1, 9)
-            while newest(folder) < aim and process.poll() is None:
+            while small.newest(folder) < aim and process.poll() is None:
                 time.sleep(0.001)
             aim_at_a_save(folder, process) if rng.random() < 0.75 else time.sleep(rng.random() * 0.05)
             with contextlib.suppress(ProcessLookupError):
@@ -146,7 +146,7 @@ def killed_run(seed: int, expected: str) -> tuple[int, int, int, bool]:
             process.communicate()
             landed += process.returncode == -signal.SIGKILL
             saving += any((folder / "checkpoints").glob(".step-*.tmp"))
-            middle += newest(folder) % 12 != 0
+            middle += small.newest(folder) % 12 != 0
         final = start(folder, "--resume")
         error = final.communicate(timeout=300)[1]
         lost = final.returncode != 0 or weights_of(folder) != expected
@@ -159,11 +159,6 @@ def aim_at_a_save(folder: Path, process: subprocess.Popen) -> None:
     """Wait until a checkpoint is being written."""
     while process.poll() is None and not any((folder / "checkpoints").glob(".step-*.tmp")):
         pass
-
-
-def newest(folder: Path) -> int:
-    """Step of the newest checkpoint, or 0."""
-    return max((int(path.stem[5:]) for path in (folder / "checkpoints").glob("step-*.ckpt")), default=0)
 
 
 def kills(runs: int) -> Row:
@@ -248,7 +243,7 @@ def signalled_run(job: tuple[int, int]) -> tuple[bool, bool, bool]:
         folder = Path(root) / "run"
         process = start(folder, "--checkpoint-seconds", "1e9")  # at each epoch's end, and on a signal
         aim = rng.choice((0, 12, 24))
-        while newest(folder) < aim and process.poll() is None:
+        while small.newest(folder) < aim and process.poll() is None:
             time.sleep(0.001)
         while not (folder / "checkpoints").is_dir() and process.poll() is None:
             time.sleep(0.001)
