@@ -92,8 +92,8 @@ def load_checkpoint(*folders: str | Path | None) -> dict | None:
 def read_checkpoint(path: Path) -> dict:
     """One checkpoint, whose digest must match."""
     content = path.read_bytes()
-    body, digest = content[:-DIGEST], content[-DIGEST:]
-    if hashlib.sha256(body).digest() != digest:
+    body, expected = content[:-DIGEST], content[-DIGEST:]
+    if hashlib.sha256(body).digest() != expected:
         raise ValueError(f"{len(content):,} bytes, and the SHA-256 does not match")
     return torch.load(io.BytesIO(body), map_location="cpu", weights_only=True)
 

@@ -46,7 +46,6 @@ from utils import (
     make_scaler,
     one_cycle,
     pick_precision,
-    random_state_kept,
     seed_everything,
     summarize,
 )
@@ -120,7 +119,7 @@ def train_steps(
         images, labels = to_device(images, labels, device)
         lr = optimizer.param_groups[0]["lr"]
         where = f"epoch {tally.epoch}, step {tally.steps + 1}, learning rate {lr:.4g}"
-        with random_state_kept(device):
+        with torch.random.fork_rng([device] if device.type == "cuda" else []):
             key = [seed, DROPOUT, tally.epoch, tally.steps]
             torch.manual_seed(int(np.random.default_rng(key).integers(2**63)))
             tally.totals += train_step(
