@@ -130,7 +130,7 @@ class Checkpoints:
         Raises:
             ValueError: the checkpoint is another run's, or there is one and it is not to be continued.
         """
-        fresh = History(), Tally(epoch=1, totals=torch.zeros(2, device=device))
+        fresh = History(), Tally.of(1, device)
         if self.folder is None:
             return fresh
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -180,10 +180,9 @@ class Checkpoints:
         self.attempt(save_checkpoint, self.folder, state, len(history.lrs) + tally.steps, self.mirror)
         self.saved = time.monotonic()
 
-    def save_if_due(self, history: History, tally: Tally) -> None:
-        """Write a checkpoint if the last one is `seconds` old."""
-        if time.monotonic() - self.saved >= self.seconds:
-            self.save(history, tally)
+    def due(self) -> bool:
+        """Whether the last checkpoint is `seconds` old."""
+        return self.folder is not None and time.monotonic() - self.saved >= self.seconds
 
     def save_epoch(self, history: History, tally: Tally) -> None:
         """Write history, weights and a checkpoint at the end of an epoch."""

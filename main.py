@@ -82,10 +82,10 @@ def train(
         Mean loss and accuracy over the epoch, in training mode and as the weights changed.
 
     Raises:
-        FloatingPointError: the loss is not finite; the weights are those before that step.
+        FloatingPointError: loss or gradient is not finite; the weights are those before that step.
     """
     device = torch.device(device)
-    tally = Tally(start_epoch(train_loader, epoch), torch.zeros(2, device=device))
+    tally = Tally.of(start_epoch(train_loader, epoch), device)
     scaler = make_scaler(device, pick_precision(precision, device))
     options = {"precision": precision, "label_smoothing": label_smoothing, "seed": seed}
     for _ in train_steps(
@@ -109,22 +109,22 @@ def train_steps(
     label_smoothing: float,
     seed: int,
 ) -> Iterator[None]:
-    """The rest of the epoch that `tally` counts, one update at a time; yields between them."""
+    """The rest of the epoch that `tally` counts, one update at a time; yields between them.
+
+    Nothing here waits for a GPU, except for the first batch of the first epoch and at the end.
+    """
     dtype = pick_precision(precision, device)
     model.to(device, memory_format=torch.channels_last).train()
     began = time.perf_counter() - tally.seconds
     for images, labels in progress(loader, tally, max_batches):
-        if not tally.steps:
+        if not tally.steps and tally.epoch == 1:
             check_batch(model, images, labels, device, dtype)
         images, labels = to_device(images, labels, device)
         lr = optimizer.param_groups[0]["lr"]
-        where = f"epoch {tally.epoch}, step {tally.steps + 1}, learning rate {lr:.4g}"
         with torch.random.fork_rng([device] if device.type == "cuda" else []):
             key = [seed, DROPOUT, tally.epoch, tally.steps]
             torch.manual_seed(int(np.random.default_rng(key).integers(2**63)))
-            tally.totals += train_step(
-                model, images, labels, optimizer, scaler, dtype, label_smoothing, where
-            )
+            train_step(model, images, labels, optimizer, scaler, tally, dtype, label_smoothing)
         if scheduler is not None:
             scheduler.step()
         tally.lrs.append(lr)
@@ -135,6 +135,8 @@ def train_steps(
     start_epoch(loader, tally.epoch + 1)
     if not tally.steps:
         raise ValueError("the training loader has no batch")
+    check_finite(tally, scaler)
+    tally.seconds = time.perf_counter() - began  # now that the device has done it all
 
 
 def check_batch(model, images: torch.Tensor, labels: torch.Tensor, device, dtype) -> None:
@@ -158,43 +160,60 @@ def check_batch(model, images: torch.Tensor, labels: torch.Tensor, device, dtype
 
 
 def train_step(
-    model, images, labels, optimizer, scaler, dtype, label_smoothing: float, where: str
-) -> torch.Tensor:
-    """One update; returns loss and hits summed over the batch, on the device."""
+    model, images, labels, optimizer, scaler, tally: Tally, dtype, label_smoothing: float
+) -> None:
+    """One update, added to `tally`; none if loss or gradient, now or before, is not finite."""
     optimizer.zero_grad(set_to_none=True)
     with autocast(images.device, dtype):
         logits = model(images)
         loss = F.cross_entropy(logits, labels, label_smoothing=label_smoothing)
-    if not torch.isfinite(loss):
-        raise FloatingPointError(
-            f"the loss is {loss.item()} at {where}; stopped before the update; {CURE}"
-        )
     scaler.scale(loss).backward()
-    check_gradient(optimizer, scaler, where)
+    sound = torch.isfinite(loss.detach()) & (tally.totals[2] == tally.steps)
+    if not scaler.is_enabled():  # which, in fp16, skips updates by itself
+        gradients = [p.grad for group in optimizer.param_groups for p in group["params"]]
+        norm = nn.utils.get_total_norm([g for g in gradients if g is not None])
+        sound = sound & torch.isfinite(norm)
+    hits = (logits.argmax(1) == labels).sum()
+    sums = torch.stack([loss.detach().float() * len(labels), hits.float(), sound.float()])
+    tally.totals += sums
+    if not skips_on_device(optimizer):
+        check_finite(tally, scaler, optimizer.param_groups[0]["lr"])
+    elif not scaler.is_enabled():
+        optimizer.found_inf = 1 - sums[2]
     scaler.step(optimizer)
     scaler.update()
-    hits = (logits.argmax(1) == labels).sum()
-    return torch.stack([loss.detach().float() * len(labels), hits.float()])
 
 
-def check_gradient(optimizer, scaler, where: str) -> None:
-    """Stop before an update with a gradient that is not finite.
+def skips_on_device(optimizer) -> bool:
+    """Whether an update can be left out without waiting for the device to say so.
+
+    PyTorch's fused optimizers can, by the flag that its gradient scaler sets. A CPU need not be waited
+    for.
+    """
+    on_cpu = optimizer.param_groups[0]["params"][0].device.type == "cpu"
+    return getattr(optimizer, "_step_supports_amp_scaling", False) and not on_cpu
+
+
+def check_finite(tally: Tally, scaler, lr: float | None = None) -> None:
+    """Stop if a step of the epoch, or the one under way at rate `lr`, had a loss or gradient not finite.
 
     In fp16 the scaler skips such an update and halves its scale, which is normal now and then; a scale
     under one says that it will not recover.
+
+    Raises:
+        FloatingPointError: the weights are those before that step.
     """
-    if scaler.is_enabled():
-        if scaler.get_scale() < 1:
-            raise FloatingPointError(f"the gradient in fp16 keeps overflowing at {where}; {CURE}")
+    loss, _, sound = tally.totals.tolist()
+    if sound < tally.steps + (lr is not None):
+        what = "gradient's norm" if math.isfinite(loss) else "loss"
+        reason = f"the {what} is not finite"
+    elif scaler.is_enabled() and scaler.get_scale() < 1:
+        sound, reason = tally.steps - (lr is None), "the gradient in fp16 keeps overflowing"
+    else:
         return
-    gradients = [
-        p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None
-    ]
-    norm = nn.utils.get_total_norm(gradients)
-    if not torch.isfinite(norm):
-        raise FloatingPointError(
-            f"the gradient's norm is {norm.item()} at {where}; stopped before the update; {CURE}"
-        )
+    rates = tally.lrs if lr is None else [*tally.lrs, lr]
+    where = f"epoch {tally.epoch}, step {int(sound) + 1}, learning rate {rates[int(sound)]:.4g}"
+    raise FloatingPointError(f"{reason} at {where}; stopped before the update; {CURE}")
 
 
 def test(
@@ -307,18 +326,21 @@ def fit_model(
                 for _ in signals.between(
                     train_steps(*steps, scaler, tally, max_train_batches, **options)
                 ):
-                    kept.save_if_due(history, tally)
+                    if kept.due():
+                        check_finite(tally, scaler)
+                        kept.save(history, tally)
                 row = evaluate(*judge, tally, start)
                 with signals.held():
                     history.epochs.append(row)
                     history.lrs += tally.lrs
-                    tally = Tally(row.epoch + 1, torch.zeros(2, device=device))
+                    tally = Tally.of(row.epoch + 1, device)
                     kept.save_epoch(history, tally)
                 print_row(row, header=len(history.epochs) == 1)
                 if folder is not None and kept.failure is None:  # events are a view of the history
                     update_events()
         except Stopped:
             with signals.held():
+                check_finite(tally, scaler)
                 kept.save(history, tally)
             raise
     if kept.failure:
@@ -370,8 +392,8 @@ def warn_if_dead(tally: Tally, part: str, stats: Stats, logits: torch.Tensor, la
 def make_optimizer(
     name: str, model: nn.Module, lr: float = 1e-3, weight_decay: float = 0.0
 ) -> torch.optim.Optimizer:
-    """Adam, AdamW (betas 0.9, 0.999) or SGD with Nesterov momentum 0.9, by name."""
-    common = {"params": model.parameters(), "lr": lr, "weight_decay": weight_decay}
+    """Adam, AdamW (betas 0.9, 0.999) or SGD with Nesterov momentum 0.9, by name; fused kernels."""
+    common = {"params": model.parameters(), "lr": lr, "weight_decay": weight_decay, "fused": True}
     if name == "sgd":
         return torch.optim.SGD(**common, momentum=0.9, nesterov=True)
     if name in ("adam", "adamw"):

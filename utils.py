@@ -90,15 +90,20 @@ class Tally:
     """An epoch under way: what a resumed run needs to go on in the middle of it."""
 
     epoch: int
-    totals: torch.Tensor  # (2,): loss and hits, summed over images, on the device
+    totals: torch.Tensor  # (3,): loss and hits, summed over images, and sound steps; on the device
     steps: int = 0
     images: int = 0
     seconds: float = 0.0  # of training
     lrs: list[float] = field(default_factory=list)
 
+    @classmethod
+    def of(cls, epoch: int, device) -> "Tally":
+        """That of an epoch about to begin."""
+        return cls(epoch, torch.zeros(3, device=device))
+
     def stats(self) -> Stats:
         """Mean loss and accuracy; the one transfer of an epoch's sums."""
-        return Stats(*(self.totals / self.images).tolist())
+        return Stats(*(self.totals[:2] / self.images).tolist())
 
 
 @dataclass

@@ -581,12 +581,53 @@ def test_a_number_that_is_not_finite_stops_before_the_update(sample, what, preci
     if what == "weight":
         optimizer.register_step_post_hook(lambda *_: model.linear.bias.data.fill_(float("inf")))
     with pytest.raises(
-        FloatingPointError, match=r"is (nan|inf) at epoch 1, step 2, learning rate 0.001"
+        FloatingPointError, match="is not finite at epoch 1, step 2, learning rate 0.001"
     ):
         main.train(model, CPU, batches, optimizer, precision=precision)
     assert len(before) == 1  # one update was made, and no other
     kept = zip(before[0], model.parameters(), strict=True)
     assert what == "weight" or all(torch.equal(a, b) for a, b in kept)
+
+
+@pytest.mark.parametrize("name", ["adam", "adamw", "sgd"])
+@pytest.mark.parametrize("what", ["loss", "gradient"])
+def test_a_device_that_is_not_waited_for_skips_every_update_after_a_bad_number(
+    sample, monkeypatch, name, what
+):
+    torch.manual_seed(0)
+    model = models.make_model("custom_resnet", width=4)
+    optimizer = main.make_optimizer(name, model)
+    steps, kept = itertools.count(1), []
+
+    def inject(module, inputs, output):
+        if module.training:
+            step = next(steps)
+            if step == 3:
+                kept.extend(p.detach().clone() for p in model.parameters())
+                output.register_hook(lambda gradient: gradient * float("nan"))
+                return output * float("nan") if what == "loss" else output
+
+    model.linear.register_forward_hook(inject)
+    monkeypatch.setattr(main, "skips_on_device", lambda optimizer: True)
+    batches = [batch for _ in range(2) for batch in loaders_of(sample, 0)[0]]
+    with pytest.raises(FloatingPointError, match=f"the {what}.* is not finite at epoch 1, step 3"):
+        main.train(model, CPU, batches, optimizer, precision="fp32")
+    assert next(steps) == 7  # noticed at the end of the epoch
+    assert all(torch.equal(a, b) for a, b in zip(kept, model.parameters(), strict=True))
+
+
+def test_a_bad_number_is_noticed_before_a_checkpoint_is_written(sample, tmp_path, monkeypatch):
+    monkeypatch.setattr(main, "skips_on_device", lambda optimizer: True)
+    model = models.make_model("custom_resnet", width=4)
+    optimizer = main.make_optimizer("sgd", model)
+    steps = itertools.count(1)
+    spoil = lambda module, i, output: output * float("nan") if next(steps) == 2 + 1 else output  # noqa: E731
+    model.linear.register_forward_hook(spoil)  # its first call is the check of the first batch
+    with pytest.raises(FloatingPointError, match="epoch 1, step 2"):
+        main.fit_model(
+            model, CPU, *loaders_of(sample, 0), optimizer, folder=tmp_path, checkpoint_seconds=0
+        )
+    assert load_checkpoint(tmp_path / "checkpoints")["tally"]["steps"] == 1
 
 
 def test_a_gradient_that_keeps_overflowing_in_fp16_stops_the_run(sample):
@@ -607,7 +648,7 @@ def test_a_network_that_answers_one_class_is_warned_about(sample, capsys):
 
 
 def test_a_loss_no_better_than_guessing_is_warned_about_once_the_warm_up_is_over(capsys):
-    tally = utils.Tally(3, torch.zeros(2), lrs=[0.1, 0.2])
+    tally = utils.Tally(3, torch.zeros(3), lrs=[0.1, 0.2])
     main.warn_if_dead(tally, "test", utils.Stats(2.5, 0.1), torch.eye(10), last=False)
     assert capsys.readouterr().out == ""
     tally.lrs = [0.2, 0.1]
