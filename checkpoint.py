@@ -109,30 +109,34 @@ class Checkpoints:
 
     Args:
         folder: of the run, or None to keep nothing.
-        parts: what has a state_dict, by name: model, optimizer, scheduler, scaler.
+        parts: what has a state_dict, by name: model, average, optimizer, scheduler, scaler.
         card: of the run; its `config` must be the same when the run is continued.
         facts: about the training, plain data; the same when the run is continued.
         mirror: a second folder for copies.
         seconds: between two checkpoints.
+        check: called with the tally before it is saved; raises if the epoch so far is unsound.
+
+    `history` and `tally` say how far the run has come.
     """
 
-    def __init__(self, folder, parts: dict, card: dict | None, facts: dict, mirror, seconds: float):
+    def __init__(self, folder, parts: dict, card, facts: dict, mirror, seconds: float, check):
         self.run = folder and Path(folder)
         self.folder = folder and Path(folder) / "checkpoints"
         self.parts = {name: part for name, part in parts.items() if part is not None}
         self.card, self.facts, self.mirror, self.seconds = card, facts, mirror, seconds
+        self.check = check
         self.saved = time.monotonic()
         self.failure: OSError | None = None
 
-    def start(self, resume: bool, device: torch.device) -> tuple[History, Tally]:
-        """History and tally to begin with: those of the newest checkpoint, or empty ones.
+    def start(self, resume: bool, device: torch.device) -> None:
+        """Begin with the newest checkpoint, or at the beginning.
 
         Raises:
             ValueError: the checkpoint is another run's, or there is one and it is not to be continued.
         """
-        fresh = History(), Tally.of(1, device)
+        self.history, self.tally = History(), Tally.of(1, device)
         if self.folder is None:
-            return fresh
+            return
         self.folder.mkdir(parents=True, exist_ok=True)
         if not resume:
             for folder in (self.folder, self.mirror):
@@ -140,19 +144,21 @@ class Checkpoints:
                     raise ValueError(f"{folder} holds a run; resume it, or choose another folder")
         state = load_checkpoint(self.folder, self.mirror) if resume else None
         if state is None:
-            self.save(*fresh)  # of the beginning: to begin again from these weights, whatever comes
-            return fresh
+            self.save()  # of the beginning: to begin again from these weights, whatever comes
+            return
         try:
             check_same_run(state["card"], self.card)
             check_same("training", state["facts"], self.facts)
-            return self.restore(state, device)
+            self.restore(state, device)
         except (KeyError, TypeError, AttributeError) as error:
             raise ValueError(
                 f"the checkpoint in {self.folder} is not of this version ({error})"
             ) from None
+        if self.tally.epoch > self.facts["epochs"]:
+            self.save_epoch()  # all is done, but its folder may be a new one
 
-    def restore(self, state: dict, device: torch.device) -> tuple[History, Tally]:
-        """Load a state into the parts, and return its history and tally."""
+    def restore(self, state: dict, device: torch.device) -> None:
+        """Load a state into the parts, history and tally."""
         if set(state["parts"]) != set(self.parts):
             raise ValueError(
                 f"the checkpoint has {sorted(state['parts'])}, the run {sorted(self.parts)}"
@@ -161,38 +167,49 @@ class Checkpoints:
         for name, part in self.parts.items():
             part.load_state_dict(state["parts"][name])
         rows = [Epoch(**row) for row in state["history"]["epochs"]]
-        tally = Tally(**state["tally"])
-        tally.totals = tally.totals.to(device)
-        print(f"resumed in epoch {tally.epoch} after {tally.steps} steps of it")
-        return History(rows, state["history"]["lrs"]), tally
+        self.history.epochs, self.history.lrs = rows, state["history"]["lrs"]
+        self.tally = Tally(**state["tally"])
+        self.tally.totals = self.tally.totals.to(device)
+        print(f"resumed in epoch {self.tally.epoch} after {self.tally.steps} steps of it")
 
-    def save(self, history: History, tally: Tally) -> None:
+    def save(self) -> None:
         """Write a checkpoint now; a failure is printed, kept in `failure`, and harms nothing."""
         if self.folder is None:
             return
+        self.check(self.tally)
         state = {
             "card": self.card,
             "facts": self.facts,
             "parts": {name: part.state_dict() for name, part in self.parts.items()},
-            "history": asdict(history),
-            "tally": {**vars(tally), "totals": tally.totals.cpu()},
+            "history": asdict(self.history),
+            "tally": {**vars(self.tally), "totals": self.tally.totals.cpu()},
         }
-        self.attempt(save_checkpoint, self.folder, state, len(history.lrs) + tally.steps, self.mirror)
+        step = len(self.history.lrs) + self.tally.steps
+        self.attempt(save_checkpoint, self.folder, state, step, self.mirror)
         self.saved = time.monotonic()
 
-    def due(self) -> bool:
-        """Whether the last checkpoint is `seconds` old."""
-        return self.folder is not None and time.monotonic() - self.saved >= self.seconds
+    def save_if_due(self) -> None:
+        """Write a checkpoint if the last one is `seconds` old."""
+        if time.monotonic() - self.saved >= self.seconds:
+            self.save()
 
-    def save_epoch(self, history: History, tally: Tally) -> None:
-        """Write history, weights and a checkpoint at the end of an epoch."""
+    def end_epoch(self, row: Epoch) -> None:
+        """Add an epoch's row to the history, and save all that is kept of the run."""
+        self.history.epochs.append(row)
+        self.history.lrs += self.tally.lrs
+        self.tally = Tally.of(row.epoch + 1, self.tally.totals.device)
+        self.save_epoch()
+
+    def save_epoch(self) -> None:
+        """Write history, weights and a checkpoint."""
         self.failure = None
         if self.run is None:
             return
-        self.attempt(history.save, self.run)
+        self.attempt(self.history.save, self.run)
         if self.card is not None:
-            self.attempt(save_weights, self.run / "weights.safetensors", self.parts["model"], self.card)
-        self.save(history, tally)
+            model = self.parts.get("average", self.parts["model"])
+            self.attempt(save_weights, self.run / "weights.safetensors", model, self.card)
+        self.save()
 
     def attempt(self, write, *arguments) -> None:
         """Write, and go on training if that fails."""
@@ -233,10 +250,11 @@ def check_same(what: str, before: dict, now: dict) -> None:
 def check_shapes(stored: dict, parts: dict) -> None:
     """Refuse tensors that do not fit the model before any of them is copied."""
     expected = {name: tensor.shape for name, tensor in parts["model"].state_dict().items()}
-    found = {name: tensor.shape for name, tensor in stored["model"].items()}
-    if expected != found:
-        wrong = sorted(name for name in {*expected, *found} if expected.get(name) != found.get(name))
-        raise ValueError(f"the checkpoint does not fit the model at {', '.join(wrong[:3])}")
+    for part in {"model", "average"} & set(stored):
+        found = {name: tensor.shape for name, tensor in stored[part].items()}
+        if expected != found:
+            wrong = sorted(n for n in {*expected, *found} if expected.get(n) != found.get(n))
+            raise ValueError(f"the checkpoint does not fit the model at {', '.join(wrong[:3])}")
     shapes = [p.shape for group in parts["optimizer"].param_groups for p in group["params"]]
     for index, moments in stored["optimizer"]["state"].items():
         for name, value in moments.items():

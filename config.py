@@ -59,18 +59,20 @@ class Config:
     epochs: int = setting(24, "passes over the training images")
     batch_size: int = setting(512, "images per step")
     optimizer: str = setting("adam", "update rule; sgd has Nesterov momentum 0.9")
-    weight_decay: float = setting(0.0, "L2 penalty; decoupled with adamw")
+    weight_decay: float = setting(0.0, "L2 penalty, not on norms and biases; decoupled with adamw")
     scheduler: str = setting("onecycle", "learning-rate schedule")
     lr: float | None = setting(None, "peak learning rate; none: found by the range test")
     lr_rule: str = setting("minimum", "which suggestion of the range test to use")
     peak_epoch: float = setting(5.0, "epoch at whose end the rate peaks")
     label_smoothing: float = setting(0.0, "share of each target spread over all classes")
+    average: float = setting(0.0, "what a running average of the weights keeps per step; 0: no average")
     padding: int = setting(4, "reflected border before the random crop, pixels; 0: no crop")
     flip: bool = setting(True, "mirror half of the images")
     cutout: int = setting(8, "side of the erased square, pixels; 0: none")
     grayscale: float = setting(0.0, "probability of turning an image grey")
     workers: int = setting(0, "processes to augment in image by image; 0: whole batches, other draws")
     precision: str = setting("auto", "number format of the forward pass")
+    compile: bool = setting(False, "torch.compile the network: minutes at first, then faster on a GPU")
     device: str = setting("auto", "cpu, cuda, cuda:1, mps; auto: the fastest there is")
     seed: int = setting(0, "of weights, order and augmentation")
     output: str | None = setting(None, "run folder; none: runs/MODEL-DATASET-TIME")
@@ -113,7 +115,8 @@ class Config:
     @property
     def fit_options(self) -> dict:
         """The keyword arguments of `fit_model` that are plain fields."""
-        names = ("precision", "label_smoothing", "seed", "max_train_batches", "max_test_batches")
+        names = ("precision", "label_smoothing", "average", "seed")
+        names += ("max_train_batches", "max_test_batches")
         names += ("resume", "mirror", "checkpoint_seconds")
         return {name: getattr(self, name) for name in names}
 
@@ -129,6 +132,7 @@ _RANGES = (
     ("weight_decay", 0, math.inf),
     ("peak_epoch", 0, math.inf),
     ("label_smoothing", 0, 0.99),
+    ("average", 0, 0.9999),
     ("padding", 0, math.inf),
     ("cutout", 0, math.inf),
     ("grayscale", 0, 1),

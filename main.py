@@ -8,6 +8,8 @@ python main.py report RUN                  write a run's report again
 """
 
 import contextlib
+import copy
+import functools
 import itertools
 import json
 import math
@@ -24,6 +26,7 @@ import numpy as np
 import torch
 from torch import nn
 from torch.nn import functional as F
+from torch.optim.swa_utils import get_ema_multi_avg_fn
 from tqdm import tqdm
 
 from checkpoint import Checkpoints, check_same_run, load_checkpoint, load_weights
@@ -275,6 +278,7 @@ def fit_model(
     val_loader=None,
     precision: str = "auto",
     label_smoothing: float = 0.0,
+    average: float = 0.0,
     seed: int = 0,
     max_train_batches: int | None = None,
     max_test_batches: int | None = None,
@@ -288,6 +292,8 @@ def fit_model(
 
     Args:
         scheduler: stepped after every batch.
+        average: what a running average of the weights keeps at each step, such as 0.99; it is judged and
+            kept instead of the weights, and the model's at the end. 0: no average.
         val_loader: judged after each epoch instead of the test set, which then is looked at once,
             after the last.
         folder: where checkpoints, history, TensorBoard events and, if there is a `card`, weights go.
@@ -307,54 +313,77 @@ def fit_model(
         OSError: the last epoch's files could not be written.
     """
     device = torch.device(device)
+    model.to(device, memory_format=torch.channels_last)
+    judged = average_of(model) if average else model
     scaler = make_scaler(device, pick_precision(precision, device))
     parts = {"model": model, "optimizer": optimizer, "scheduler": scheduler, "scaler": scaler}
-    facts = facts_of(device, precision, epochs, seed, label_smoothing, train_loader, max_train_batches)
-    kept = Checkpoints(folder, parts, card, facts, mirror, checkpoint_seconds)
-    model.to(device, memory_format=torch.channels_last)
-    history, tally = kept.start(resume, device)
+    parts["average"] = judged if average else None
     options = {"precision": precision, "label_smoothing": label_smoothing, "seed": seed}
-    steps = (model, device, train_loader, optimizer, scheduler)
-    judge = (model, device, val_loader, test_loader, epochs, precision, max_test_batches)
-    if tally.epoch > epochs:
-        kept.save_epoch(history, tally)  # all is done, but its folder may be a new one
-    with event_log(folder, history) as update_events, signals_noted() as signals:
+    facts = facts_of(device, train_loader, max_train_batches, epochs=epochs, average=average, **options)
+    check = functools.partial(check_finite, scaler=scaler)
+    kept = Checkpoints(folder, parts, card, facts, mirror, checkpoint_seconds, check)
+    kept.start(resume, device)
+    training = (model, device, train_loader, optimizer, scheduler, scaler)
+    judging = (judged, device, val_loader, test_loader, epochs, precision, max_test_batches)
+    with (
+        event_log(folder, kept.history) as update_events,
+        averaging(optimizer, model, judged, average),
+        signals_noted() as signals,
+    ):
         try:
-            while tally.epoch <= epochs:
-                start = time.perf_counter() - tally.seconds
-                start_epoch(train_loader, tally.epoch, tally.steps)
-                for _ in signals.between(
-                    train_steps(*steps, scaler, tally, max_train_batches, **options)
-                ):
-                    if kept.due():
-                        check_finite(tally, scaler)
-                        kept.save(history, tally)
-                row = evaluate(*judge, tally, start)
+            while kept.tally.epoch <= epochs:
+                start = time.perf_counter() - kept.tally.seconds
+                start_epoch(train_loader, kept.tally.epoch, kept.tally.steps)
+                steps = train_steps(*training, kept.tally, max_train_batches, **options)
+                for _ in signals.between(steps):
+                    kept.save_if_due()
+                row = evaluate(*judging, kept.tally, start)
                 with signals.held():
-                    history.epochs.append(row)
-                    history.lrs += tally.lrs
-                    tally = Tally.of(row.epoch + 1, device)
-                    kept.save_epoch(history, tally)
-                print_row(row, header=len(history.epochs) == 1)
+                    kept.end_epoch(row)
+                print_row(row, header=len(kept.history.epochs) == 1)
                 if folder is not None and kept.failure is None:  # events are a view of the history
                     update_events()
         except Stopped:
             with signals.held():
-                check_finite(tally, scaler)
-                kept.save(history, tally)
+                kept.save()
             raise
     if kept.failure:
         raise kept.failure
-    return history
+    if average:
+        model.load_state_dict(judged.state_dict())
+    return kept.history
 
 
-def facts_of(device, precision, epochs, seed, label_smoothing, loader, max_batches) -> dict:
+def average_of(model: nn.Module) -> nn.Module:
+    """A copy of a model to average its weights in, sharing what cannot be averaged: counts."""
+    counts = {id(x): x for x in model.buffers() if not x.is_floating_point()}
+    return copy.deepcopy(model, counts)
+
+
+@contextlib.contextmanager
+def averaging(optimizer, model: nn.Module, averaged: nn.Module, decay: float):
+    """Move `averaged`, its buffers too, towards `model` after each update; not at all if decay is 0.
+
+    A part of the update itself: nothing can come between the two.
+    """
+    if not decay:
+        yield
+        return
+    move = get_ema_multi_avg_fn(decay)
+    pairs = zip(averaged.state_dict().values(), model.state_dict().values(), strict=True)
+    old, new = zip(*(pair for pair in pairs if pair[0].is_floating_point()), strict=True)
+    handle = optimizer.register_step_post_hook(lambda *_: move(old, new, None))
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+def facts_of(device, loader, max_batches, *, precision, **options) -> dict:
     """What must be the same when a training is continued; the precision as the device resolves it."""
     return {
         "precision": str(pick_precision(precision, device)).removeprefix("torch."),
-        "epochs": epochs,
-        "seed": seed,
-        "label_smoothing": label_smoothing,
+        **options,
         "steps_per_epoch": min(len(loader), max_batches or len(loader)),
     }
 
@@ -392,8 +421,14 @@ def warn_if_dead(tally: Tally, part: str, stats: Stats, logits: torch.Tensor, la
 def make_optimizer(
     name: str, model: nn.Module, lr: float = 1e-3, weight_decay: float = 0.0
 ) -> torch.optim.Optimizer:
-    """Adam, AdamW (betas 0.9, 0.999) or SGD with Nesterov momentum 0.9, by name; fused kernels."""
-    common = {"params": model.parameters(), "lr": lr, "weight_decay": weight_decay, "fused": True}
+    """Adam, AdamW (betas 0.9, 0.999) or SGD with Nesterov momentum 0.9, by name; fused kernels.
+
+    Weight decay is on the weights of convolutions and linear layers, not on norms and biases.
+    """
+    parameters = list(model.parameters())
+    weights, others = ([p for p in parameters if (p.dim() > 1) is big] for big in (True, False))
+    groups = [{"params": weights, "weight_decay": weight_decay}, {"params": others, "weight_decay": 0.0}]
+    common = {"params": [g for g in groups if g["params"]], "lr": lr, "fused": True}
     if name == "sgd":
         return torch.optim.SGD(**common, momentum=0.9, nesterov=True)
     if name in ("adam", "adamw"):

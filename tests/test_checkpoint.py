@@ -115,6 +115,15 @@ def test_the_comparison_sees_a_lost_momentum(sample, uninterrupted, tmp_path, mo
     assert run(sample, tmp_path, resume=True) != uninterrupted
 
 
+@pytest.mark.parametrize("stop_at", [2, 3, 6])
+def test_a_stopped_run_goes_on_with_the_average_that_it_had(sample, tmp_path, stop_at):
+    whole = run(sample, tmp_path / "whole", average=0.9)
+    run(sample, tmp_path / "run", stop_at, average=0.9)
+    assert run(sample, tmp_path / "run", resume=True, average=0.9) == whole
+    with pytest.raises(ValueError, match="the training has average 0.9, not 0.5"):
+        run(sample, tmp_path / "run", resume=True, average=0.5)
+
+
 def test_looking_at_checkpoints_and_the_clock_changes_nothing(sample, uninterrupted, tmp_path):
     assert run(sample, tmp_path, checkpoint_seconds=0) == uninterrupted
 

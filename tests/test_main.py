@@ -14,6 +14,7 @@ import data
 import main
 import models
 import utils
+from checkpoint import load_weights
 from config import Config
 from data import make_loader
 from transforms import normalize, train_transform
@@ -85,6 +86,27 @@ def test_same_seed_gives_the_same_weights_and_history(loaders):
 
 def test_another_seed_gives_another_dropout(loaders):
     assert not torch.equal(weights(fit(loaders, seed=0)[0]), weights(fit(loaders, seed=1)[0]))
+
+
+def test_an_average_of_the_weights_is_judged_kept_and_left_in_the_model(loaders, tmp_path):
+    model, optimizer = build()
+    seen = [weights(model)]
+    optimizer.register_step_post_hook(lambda *_: seen.append(weights(model)))
+    card = {"model": "custom_resnet", "options": {"width": 4}, "classes": list(data.CLASSES)}
+    card |= {"mean": [0.5] * 3, "std": [0.2] * 3, "image_size": 32, "config": {}, "data_sha256": ""}
+    options = {"epochs": 1, "precision": "fp32", "average": 0.75, "folder": tmp_path, "card": card}
+    history = main.fit_model(model, CPU, *loaders, optimizer, **options)
+    expected = seen[0]
+    for later in seen[1:]:
+        expected = 0.75 * expected + 0.25 * later
+    counts = torch.cat(
+        [torch.full((tensor.numel(),), "tracked" in name) for name, tensor in model.state_dict().items()]
+    )
+    expected[counts] = len(loaders[0])  # the batches that a norm has seen are counted, not averaged
+    torch.testing.assert_close(weights(model), expected, rtol=1e-4, atol=1e-5)
+    assert main.test(model, CPU, loaders[1], precision="fp32") == history.epochs[0].stats()["test"]
+    assert torch.equal(weights(load_weights(tmp_path)[0]), weights(model))
+    assert len(optimizer._optimizer_step_post_hooks) == 1  # the one of this test
 
 
 def test_looking_changes_nothing(loaders, tmp_path):
