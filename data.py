@@ -476,7 +476,7 @@ class Batches(Dataset):
     ):
         self.split, self.program, self.device = split, program, torch.device(device)
         self.batch_size, self.seed, self.shuffle = batch_size, seed, shuffle
-        self.store = program.prepare(split.images).to(self.device)
+        self.store = program.prepare(split.images, self.device)
         self.labels = torch.from_numpy(split.labels).to(self.device)
         self.plan = None  # epoch, order and draws of the epoch last asked for
 

@@ -1,5 +1,6 @@
 """Augmentation and normalisation, written once in Albumentations and run per sample or per batch."""
 
+import functools
 import os
 from typing import NamedTuple
 
@@ -145,30 +146,23 @@ class BatchProgram(NamedTuple):
     hole_size: tuple[int, int] = (0, 0)
     hole_fill: tuple[float, ...] | float = 0
 
-    def prepare(self, images: np.ndarray) -> Tensor:
+    def prepare(self, images: np.ndarray, device: torch.device | str = "cpu") -> Tensor:
         """uint8 (N, H, W, C) -> the padded images and, if the program flips, their mirror images.
 
         Returns:
-            uint8 (N, 1 or 2, H', W', C), which `__call__` gathers from.
+            uint8 (N, 1 or 2, H', W', C) on the device, which `__call__` gathers from.
         """
-        height, width = images.shape[1:3]
-        rows, columns = max(0, self.pad[0] - height), max(0, self.pad[1] - width)
-        # The odd pixel goes below and to the right, as Albumentations centres an image.
-        border = ((0, 0), (rows // 2, rows - rows // 2), (columns // 2, columns - columns // 2))
-        if rows or columns:
-            images = self._padded(images, border)
-        if self.flip:
-            return torch.from_numpy(np.stack([images, images[:, :, ::-1]], axis=1))
-        return torch.from_numpy(np.ascontiguousarray(images[:, None]))
-
-    def _padded(self, images: np.ndarray, border: tuple) -> np.ndarray:
-        if self.border == "reflect":
-            return np.pad(images, (*border, (0, 0)), mode="reflect")
-        fill = np.broadcast_to(self.border_fill, images.shape[-1])
-        channels = [
-            np.pad(images[..., c], border, constant_values=int(fill[c])) for c in range(len(fill))
-        ]
-        return np.stack(channels, axis=-1)
+        count, height, width, channels = images.shape
+        rows = padded(height, self.pad[0], self.border)[:, None]
+        columns = padded(width, self.pad[1], self.border)
+        columns = np.stack([columns, columns[::-1]] if self.flip else [columns])[:, None]
+        outside = (rows < 0) | (columns < 0)
+        source = np.where(outside, height * width, rows * width + columns)  # (1 or 2, H', W')
+        pixels = torch.from_numpy(images).to(device).view(count, height * width, channels)
+        if outside.any():
+            fill = constant(self.border_fill, pixels.device).to(torch.uint8)
+            pixels = torch.cat([pixels, fill.expand(count, 1, channels)], dim=1)
+        return pixels[:, torch.from_numpy(source).to(device)]
 
     def draw(self, rng: np.random.Generator, count: int, store: Tensor) -> Draws:
         """Decide for `count` images at once; the same generator gives the same decisions."""
@@ -207,8 +201,7 @@ class BatchProgram(NamedTuple):
             images = torch.where(draws.gray.view(-1, 1, 1, 1), to_gray(images), images)
         if self.hole:
             self._cut(images, draws)
-        mean = torch.tensor(self.mean, device=images.device) * 255
-        std = torch.tensor(self.std, device=images.device) * 255
+        mean, std = constant(self.mean, images.device) * 255, constant(self.std, images.device) * 255
         return images.float().sub_(mean).mul_(1 / std).permute(0, 3, 1, 2)
 
     def _cut(self, images: Tensor, draws: Draws) -> None:
@@ -218,10 +211,24 @@ class BatchProgram(NamedTuple):
         rows, columns = (torch.arange(side, device=device) for side in self.hole_size)
         row = draws.hole_top.view(-1, 1, 1) + rows.view(1, -1, 1)
         column = draws.hole_left.view(-1, 1, 1) + columns
-        fill = torch.tensor(self.hole_fill, device=device).to(images.dtype)
+        fill = constant(self.hole_fill, device).to(images.dtype)
         if self.hole < 1:
             fill = torch.where(draws.hole.view(-1, 1, 1, 1), fill, images[image, row, column])
         images[image, row, column] = fill
+
+
+def padded(side: int, least: int, border: str) -> np.ndarray:
+    """Which pixel each place of a padded row shows, -1 for the fill; the odd place is at the end."""
+    missing = max(0, least - side)
+    fill = {} if border == "reflect" else {"constant_values": -1}
+    return np.pad(np.arange(side), (missing // 2, missing - missing // 2), mode=border, **fill)
+
+
+@functools.lru_cache
+@torch.inference_mode(False)
+def constant(values: tuple[float, ...] | float, device: torch.device) -> Tensor:
+    """Numbers on a device, copied there once: each copy would wait for the device."""
+    return torch.tensor(values, device=device)
 
 
 def to_gray(images: Tensor) -> Tensor:
