@@ -13,7 +13,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import nn
 
-from files import write_whole
+from files import reason, write_whole
 from models import make_model
 from utils import Epoch, History, Tally
 
@@ -216,8 +216,9 @@ class Checkpoints:
         try:
             write(*arguments)
         except OSError as error:
-            self.failure = error
-            print(f"warning: not written: {error}; what was there before is kept")
+            if self.failure is None:  # said once, not for each file
+                print(f"warning: not written: {reason(error)}; what was there before is kept")
+            self.failure = self.failure or error
 
 
 def check_same_run(before: dict | None, now: dict | None) -> None:

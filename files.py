@@ -32,6 +32,13 @@ def write_whole(path: str | Path, content: bytes | str) -> None:
     sync_folder(path.parent)
 
 
+def reason(error: Exception) -> str:
+    """An error in one line; one of the operating system says which file, and why."""
+    if isinstance(error, OSError) and error.filename and error.strerror:
+        return f"{error.filename}: {error.strerror}"
+    return " ".join(str(error).split())
+
+
 def sync_folder(folder: Path) -> None:
     """Make a rename last through a power cut, on systems that can sync a folder."""
     with contextlib.suppress(OSError):

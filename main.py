@@ -32,7 +32,7 @@ from tqdm import tqdm
 from checkpoint import Checkpoints, check_same_run, load_checkpoint, load_weights
 from config import CHOICES, Config, make_parser, parse_config
 from data import EpochSampler, Loaders, load_split, make_loader, make_loaders, read_image
-from files import write_whole
+from files import reason, write_whole
 from models import make_model
 from transforms import normalize, test_transform
 from utils import (
@@ -557,6 +557,10 @@ class Signals:
 
     def handle(self, number: int, frame) -> None:
         """Raise `Stopped`, or note it for the end of what must not be interrupted."""
+        if hasattr(signal, "SIGCHLD"):
+            # Workers may have got the signal too. PyTorch would raise that anywhere, in mid-update too;
+            # without its handler it finds them missing when it waits for a batch.
+            signal.signal(signal.SIGCHLD, signal.SIG_DFL)
         if not self.depth:
             raise Stopped(number)
         now = time.monotonic()
@@ -776,7 +780,7 @@ def bad_input_refused():
     try:
         yield
     except (ValueError, OSError) as error:
-        print(f"main.py: {' '.join(str(error).split())}", file=sys.stderr)
+        print(f"main.py: {reason(error)}", file=sys.stderr)
         sys.exit(2)
 
 
@@ -919,10 +923,10 @@ def main(argv: list[str] | None = None) -> int:
         print("main.py: interrupted", file=sys.stderr)
         return 130
     except ValueError as error:
-        print(f"main.py: {' '.join(str(error).split())}", file=sys.stderr)
+        print(f"main.py: {reason(error)}", file=sys.stderr)
         return 2
     except (FloatingPointError, OSError) as error:
-        print(f"main.py: {error}", file=sys.stderr)
+        print(f"main.py: {reason(error)}", file=sys.stderr)
         return 1
     return 0
 

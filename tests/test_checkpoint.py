@@ -48,12 +48,24 @@ def loaders_of(sample, workers):
     return train, make_loader(sample, evaluation_transform(), "cpu", Config(batch_size=100))
 
 
-def run(sample, folder=None, stop_at=None, workers=0, optimizer="adam", **options):
+def run(
+    sample,
+    folder=None,
+    stop_at=None,
+    workers=0,
+    optimizer="adam",
+    scheduled=True,
+    validated=False,
+    **options,
+):
     """The small run, which a SIGTERM meets in its step `stop_at`; its outcome, or None if stopped."""
     torch.manual_seed(0)
     model = models.make_model("custom_resnet", width=4, dropout=0.2)
     optimizer = main.make_optimizer(optimizer, model, lr=0.01)
-    scheduler = utils.one_cycle(optimizer, 0.01, epochs=EPOCHS, steps_per_epoch=STEPS)
+    scheduler = None
+    if scheduled:
+        scheduler = utils.one_cycle(optimizer, 0.01, epochs=EPOCHS, steps_per_epoch=STEPS)
+    train_loader, test_loader = loaders_of(sample, workers)
     count = itertools.count(1)
 
     def hook(module, inputs, output):
@@ -66,10 +78,12 @@ def run(sample, folder=None, stop_at=None, workers=0, optimizer="adam", **option
         history = main.fit_model(
             model,
             CPU,
-            *loaders_of(sample, workers),
+            train_loader,
+            test_loader,
             optimizer,
             scheduler,
             EPOCHS,
+            val_loader=test_loader if validated else None,
             folder=folder,
             **({"precision": "fp32"} | options),
         )
@@ -101,6 +115,25 @@ def test_stopped_at_any_step_and_resumed_with_other_workers_ends_with_the_same_b
     state = load_checkpoint(tmp_path / "checkpoints")
     assert len(state["history"]["lrs"]) + state["tally"]["steps"] == stop_at
     assert run(sample, tmp_path, workers=(workers + 1) % 3, resume=True) == uninterrupted
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"optimizer": "sgd"},
+        {"scheduled": False},
+        {"validated": True},
+        {"precision": "bf16"},
+        {"precision": "fp16"},
+    ],
+    ids=str,
+)
+def test_any_kind_of_run_resumed_ends_with_the_same_bits(sample, tmp_path, options):
+    expected = run(sample, **options)
+    assert run(sample, tmp_path, stop_at=2, **options) is None
+    state = load_checkpoint(tmp_path / "checkpoints")
+    assert state["tally"]["steps"] == 2 and ("scaler" in state["parts"])
+    assert run(sample, tmp_path, resume=True, **options) == expected
 
 
 def test_the_comparison_sees_a_lost_momentum(sample, uninterrupted, tmp_path, monkeypatch):
@@ -329,6 +362,40 @@ def test_a_full_disk_does_not_stop_training_but_is_told_at_once_and_at_the_end(
         run(sample, tmp_path)
     printed = capsys.readouterr().out
     assert "warning: not written:" in printed and len(re.findall(r"^ +[12] ", printed, re.M)) == EPOCHS
+
+
+@contextlib.contextmanager
+def read_only(folder):
+    """Nothing can be written below a folder, not even by root, who is nobody meanwhile."""
+    folders = [folder, *(path for path in folder.rglob("*") if path.is_dir())]
+    user = os.geteuid()
+    for path in folders:
+        path.chmod(0o555)
+    os.seteuid(user or 65534)
+    try:
+        yield
+    finally:
+        os.seteuid(user)
+        for path in folders:
+            path.chmod(0o755)
+
+
+def test_a_read_only_folder_leaves_the_old_checkpoint_and_says_so_in_one_line(
+    sample, uninterrupted, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.chdir(tmp_path)  # nobody may not pass through the folders above
+    tmp_path.chmod(0o755)
+    run(sample, "r", stop_at=4)
+    before = {path: path.read_bytes() for path in Path("r").rglob("*") if path.is_file()}
+    capsys.readouterr()
+    with read_only(Path("r")), pytest.raises(OSError, match="Permission denied: .r/history.json"):
+        run(sample, "r", resume=True)
+    printed = re.findall(r"^warning: not written: .*", capsys.readouterr().out, re.M)
+    assert printed == [
+        "warning: not written: r/history.json: Permission denied; what was there before is kept"
+    ]
+    assert before == {path: path.read_bytes() for path in Path("r").rglob("*") if path.is_file()}
+    assert run(sample, "r", resume=True) == uninterrupted
 
 
 def test_an_interrupted_write_leaves_the_old_file(tmp_path, monkeypatch):
@@ -560,6 +627,44 @@ def test_a_signal_saves_and_exits_with_128_and_its_number(number, tmp_path):
     assert process.returncode == 128 + number
     assert err == f"main.py: stopped by {number.name}; --resume continues the run\n"
     assert load_checkpoint(tmp_path / "r/checkpoints")["tally"]["epoch"] in (1, 2, 3)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_to_all_processes_of_a_run_with_workers_saves_too(number, tmp_path):
+    process = start(tmp_path / "r", "--workers", "2")
+    wait_for(lambda: newest(tmp_path / "r") >= 2)
+    assert len(children(process.pid)) >= 2  # the workers are there
+    os.killpg(process.pid, number)
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 128 + number
+    assert err == f"main.py: stopped by {number.name}; --resume continues the run\n"
+    assert 0 < load_checkpoint(tmp_path / "r/checkpoints")["tally"]["steps"] < 16
+    with pytest.raises(ProcessLookupError):  # nobody is left
+        os.killpg(process.pid, 0)
+
+
+def children(pid):
+    """Processes that a process started."""
+    return [int(n) for n in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+
+
+def test_workers_that_a_signal_ended_do_not_tear_an_update(sample, tmp_path, monkeypatch):
+    step, ended = main.train_step, []
+
+    def end(*arguments, **options):
+        sums = step(*arguments, **options)
+        if not ended:
+            os.kill(os.getpid(), signal.SIGTERM)
+            ended.extend(children(os.getpid()))
+            for child in ended:
+                os.kill(child, signal.SIGKILL)
+            time.sleep(0.5)  # so that their end is known before the update is counted
+        return sums
+
+    monkeypatch.setattr(main, "train_step", end)
+    with pytest.raises(main.Stopped):
+        run(sample, tmp_path, workers=2)
+    assert len(ended) >= 2 and load_checkpoint(tmp_path / "checkpoints")["tally"]["steps"] == 1
 
 
 # Numbers that are wrong

@@ -6,6 +6,7 @@ import multiprocessing
 import os
 import pickle
 import shutil
+import signal
 import tarfile
 import threading
 from hashlib import md5, sha256
@@ -501,6 +502,19 @@ def test_a_pipelines_own_normalisation_holds_for_testing_too():
     assert loaders.normalization["mean"] == loaders.train.dataset.program.mean == (0.485, 0.456, 0.406)
     with pytest.raises(ValueError, match="has no A.Normalize"):
         make_loaders(SMOKE, transform=A.Compose([ToTensorV2()]))
+
+
+def test_workers_outlive_the_interrupt_that_a_notebook_sends_to_all_processes(sample):
+    loader = make_loader(
+        sample, train_transform(), "cpu", Config(workers=2, batch_size=16), shuffle=True
+    )
+    first = list(itertools.islice(loader, 2))[0]  # a batch of each worker: both are set up
+    children = {child.pid for child in multiprocessing.active_children()}
+    assert len(children) >= 2
+    for child in children:
+        os.kill(child, signal.SIGINT)
+    assert torch.equal(next(iter(loader))[0], first[0])
+    assert children <= {child.pid for child in multiprocessing.active_children()}
 
 
 def test_an_unknown_pipeline_runs_in_workers_and_says_so(sample, capsys):

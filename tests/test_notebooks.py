@@ -1,10 +1,17 @@
 import ast
+import itertools
 import json
+import os
+import signal
 from pathlib import Path
 
 import nbformat
 import pytest
+from matplotlib import pyplot as plt
 from nbclient import NotebookClient
+
+import main
+import utils
 
 ROOT = Path(__file__).parent.parent
 SMOKE = "--dataset cifar10-sample --width 4 --epochs 1 --batch-size 128 --precision fp32"
@@ -71,3 +78,37 @@ def test_the_notebook_runs_from_top_to_bottom_on_the_sample(name, tmp_path, monk
     assert len(pictures) == 8
     assert (tmp_path / "run" / "weights.safetensors").is_file()
     assert (tmp_path / "run" / "report.md").is_file()
+
+
+def train_cell(folder, stop_at, monkeypatch):
+    """Run a notebook up to its training, and that again if a SIGTERM is to stop it at a step."""
+    flags = SMOKE.replace("--epochs 1", "--epochs 2")
+    monkeypatch.setenv("RUN_FLAGS", f"{flags} --max-train-batches 4 --output {folder} --resume")
+    cells = list(code_of(read("train_cifar10")))
+    training = next(k for k, source in enumerate(cells) if "fit_model(\n" in source)
+    names = {}
+    for source in cells[:training]:
+        exec(source, names)
+    count = itertools.count(1)
+
+    def hook(module, inputs, output):
+        if module.training and next(count) == stop_at:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    names["model"].linear.register_forward_hook(hook)
+    if stop_at:
+        with pytest.raises(main.Stopped):
+            exec(cells[training], names)
+    exec(cells[training], names)
+    plt.close("all")
+    return names["history"], (folder / "weights.safetensors").read_bytes()
+
+
+def test_running_the_training_cell_again_continues_the_run(tmp_path, monkeypatch, capsys):
+    found = utils.LRFinderResult([1e-4, 1e-3], [2.0, 1.0], {"start": 5e-4, "minimum": 0.02})
+    monkeypatch.setattr(main, "find_lr", lambda *args, **options: found)
+    (whole, expected), (history, weights) = (
+        train_cell(tmp_path / str(stop_at), stop_at, monkeypatch) for stop_at in (None, 6)
+    )
+    assert "resumed in epoch 2 after 2 steps of it" in capsys.readouterr().out
+    assert weights == expected and history.lrs == whole.lrs and len(history.epochs) == 2
