@@ -13,7 +13,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import nn
 
-from files import reason, write_whole
+from files import lock_folder, reason, unlock_folder, write_whole
 from models import make_model
 from utils import Epoch, History, Tally
 
@@ -116,7 +116,8 @@ class Checkpoints:
         seconds: between two checkpoints.
         check: called with the tally before it is saved; raises if the epoch so far is unsound.
 
-    `history` and `tally` say how far the run has come.
+    `history` and `tally` say how far the run has come. From `start` to the end of the `with` block, no
+    other process can use the folder.
     """
 
     def __init__(self, folder, parts: dict, card, facts: dict, mirror, seconds: float, check):
@@ -128,16 +129,25 @@ class Checkpoints:
         self.saved = time.monotonic()
         self.failure: OSError | None = None
 
+    def __enter__(self) -> "Checkpoints":
+        return self
+
+    def __exit__(self, *error) -> None:
+        if self.run is not None:
+            unlock_folder(self.run)
+
     def start(self, resume: bool, device: torch.device) -> None:
         """Begin with the newest checkpoint, or at the beginning.
 
         Raises:
-            ValueError: the checkpoint is another run's, or there is one and it is not to be continued.
+            ValueError: the checkpoint is another run's, there is one and it is not to be continued, or
+                another process uses the folder.
         """
         self.history, self.tally = History(), Tally.of(1, device)
         if self.folder is None:
             return
         self.folder.mkdir(parents=True, exist_ok=True)
+        lock_folder(self.run)
         if not resume:
             for folder in (self.folder, self.mirror):
                 if folder is not None and any(Path(folder).glob("step-*.ckpt")):

@@ -1,8 +1,16 @@
-"""Writes a file whole or not at all."""
+"""Writes a file whole or not at all, into a folder that one process uses."""
 
 import contextlib
+import errno
 import os
 from pathlib import Path
+
+try:
+    import fcntl
+except ImportError:  # Windows: a folder has no lock there
+    fcntl = None
+
+LOCKS = {}  # the open lock file of each folder that this process uses
 
 
 def write_whole(path: str | Path, content: bytes | str) -> None:
@@ -30,6 +38,46 @@ def write_whole(path: str | Path, content: bytes | str) -> None:
             error.filename = str(path)  # a failed write does not say of which file
         raise
     sync_folder(path.parent)
+
+
+def lock_folder(folder: str | Path) -> None:
+    """Keep other processes out of a run folder, and remove what killed ones left half-written there.
+
+    The system takes the lock from a process that ends, however it ends; unlike flock's, this kind does
+    not pass to worker processes, which outlive a killed one for seconds. A folder that can have no lock,
+    such as one on some network drives, is used without.
+
+    Raises:
+        ValueError: another process has it.
+    """
+    path = Path(folder).resolve()
+    if fcntl is None or path in LOCKS:
+        return
+    try:
+        file = (path / ".lock").open("a+")
+    except OSError:
+        return
+    try:
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        with file:
+            file.seek(0)
+            if error.errno in (errno.EACCES, errno.EAGAIN):
+                raise ValueError(f"{folder} is in use by process {file.read() or '?'}") from None
+        return
+    LOCKS[path] = file
+    file.truncate(0)
+    file.write(str(os.getpid()))
+    file.flush()
+    for partial in path.rglob(".*.tmp"):
+        partial.unlink(missing_ok=True)
+
+
+def unlock_folder(folder: str | Path) -> None:
+    """Let other processes have a run folder."""
+    file = LOCKS.pop(Path(folder).resolve(), None)
+    if file is not None:
+        file.close()
 
 
 def reason(error: Exception) -> str:

@@ -32,7 +32,7 @@ from tqdm import tqdm
 from checkpoint import Checkpoints, check_same_run, load_checkpoint, load_weights
 from config import CHOICES, Config, make_parser, parse_config
 from data import EpochSampler, Loaders, load_split, make_loader, make_loaders, read_image
-from files import reason, write_whole
+from files import lock_folder, reason, write_whole
 from models import make_model
 from transforms import normalize, test_transform
 from utils import (
@@ -308,7 +308,8 @@ def fit_model(
 
     Raises:
         FloatingPointError: a loss or gradient is not finite; what was kept before stays.
-        ValueError: the checkpoint is another run's, or there is one and `resume` is off.
+        ValueError: the checkpoint is another run's, or there is one and `resume` is off, or another
+            process uses `folder`.
         Stopped: SIGINT or SIGTERM came; a checkpoint was written first.
         OSError: the last epoch's files could not be written.
     """
@@ -326,6 +327,7 @@ def fit_model(
     training = (model, device, train_loader, optimizer, scheduler, scaler)
     judging = (judged, device, val_loader, test_loader, epochs, precision, max_test_batches)
     with (
+        kept,
         event_log(folder, kept.history) as update_events,
         averaging(optimizer, model, judged, average),
         signals_noted() as signals,
@@ -640,14 +642,16 @@ def open_run(config: Config, device: torch.device, loaders: Loaders, model: nn.M
     """Make the run folder and write what the run is: configuration, machine, network.
 
     Raises:
-        ValueError: `config.output` holds something already, or, with `config.resume`, another run; it
-            is left as it was.
+        ValueError: `config.output` holds something already, or, with `config.resume`, another run, or
+            another process uses it; it is left as it was.
     """
     if config.resume:
+        lock_folder(config.output)
         state = load_checkpoint(Path(config.output) / "checkpoints", config.mirror)
         if state is not None:
             check_same_run(state.get("card"), make_card(config, loaders))
     folder = claim_folder(config)
+    lock_folder(folder)
     path = folder / "config.json"
     before = {}
     with contextlib.suppress(OSError, ValueError):  # absent or damaged: written anew below

@@ -1,5 +1,7 @@
 import contextlib
 import copy
+import errno
+import fcntl
 import hashlib
 import io
 import itertools
@@ -26,7 +28,7 @@ import utils
 from checkpoint import load_checkpoint, save_checkpoint
 from config import Config
 from data import EpochSampler, Samples, make_loader
-from files import write_whole
+from files import lock_folder, unlock_folder, write_whole
 from transforms import test_transform as evaluation_transform
 from transforms import train_transform
 
@@ -627,6 +629,45 @@ def test_a_signal_saves_and_exits_with_128_and_its_number(number, tmp_path):
     assert process.returncode == 128 + number
     assert err == f"main.py: stopped by {number.name}; --resume continues the run\n"
     assert load_checkpoint(tmp_path / "r/checkpoints")["tally"]["epoch"] in (1, 2, 3)
+
+
+def test_a_folder_that_another_process_uses_is_refused_until_that_one_is_killed(
+    sample, tmp_path, capsys
+):
+    process = start(tmp_path / "r", "--workers", "2")
+    wait_for(lambda: newest(tmp_path / "r") >= 2)
+    with pytest.raises(SystemExit) as stop:
+        main.main([*SMOKE, "--workers", "2", "--output", str(tmp_path / "r"), "--resume"])
+    expected = f"main.py: {tmp_path / 'r'} is in use by process {process.pid}\n"
+    assert stop.value.code == 2 and capsys.readouterr().err == expected
+    with pytest.raises(ValueError, match="is in use by process"):
+        run(sample, tmp_path / "r", resume=True)
+    workers = children(process.pid)
+    os.kill(process.pid, signal.SIGKILL)  # and not its workers, which have what it had open
+    process.wait()
+    assert all(Path(f"/proc/{worker}").exists() for worker in workers)
+    lock_folder(tmp_path / "r")
+    unlock_folder(tmp_path / "r")
+    process.communicate()
+
+
+def test_what_a_killed_process_left_half_written_is_removed(sample, tmp_path):
+    run(sample, tmp_path)
+    left = [tmp_path / ".weights.safetensors.12.tmp", tmp_path / "checkpoints/.step-00000007.ckpt.1.tmp"]
+    for path in left:
+        path.write_text("half")
+    run(sample, tmp_path, resume=True)
+    assert not any(path.exists() for path in left)
+
+
+def test_a_folder_on_a_drive_without_locks_is_used_all_the_same(
+    sample, uninterrupted, tmp_path, monkeypatch
+):
+    def unsupported(file, how):
+        raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
+
+    monkeypatch.setattr(fcntl, "lockf", unsupported)
+    assert run(sample, tmp_path) == uninterrupted
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])

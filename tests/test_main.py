@@ -368,6 +368,7 @@ def test_a_run_leaves_everything_in_its_folder(finished):
         "tensorboard",
         "figures",
         "report.md",
+        ".lock",
     }
     assert Config(**json.loads((finished / "config.json").read_text())).max_train_batches == 3
 
