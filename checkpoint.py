@@ -15,7 +15,7 @@ from torch import nn
 
 from files import lock_folder, reason, unlock_folder, write_whole
 from models import make_model
-from utils import Epoch, History, Tally
+from utils import Epoch, History, Tally, environment
 
 KEPT = 2  # checkpoints; one alone could be the one that is being replaced
 DIGEST = 32  # bytes of SHA-256 behind a checkpoint: torch.load itself checks nothing
@@ -82,10 +82,9 @@ def load_checkpoint(*folders: str | Path | None) -> dict | None:
         except (OSError, MemoryError):
             raise
         except Exception as error:  # whatever a damaged or hostile file raises
-            print(f"warning: checkpoint {path} is damaged ({error}); trying the one before")
-            set_aside(path)
+            print(f"warning: checkpoint {path} is damaged ({error}){set_aside(path)}")
     if paths:
-        print("warning: no checkpoint is whole; starting from the beginning")
+        print("warning: no checkpoint is whole")
     return None
 
 
@@ -98,10 +97,11 @@ def read_checkpoint(path: Path) -> dict:
     return torch.load(io.BytesIO(body), map_location="cpu", weights_only=True)
 
 
-def set_aside(path: Path) -> None:
-    """Take a damaged file out of the way of the whole ones, where the folder can be written."""
+def set_aside(path: Path) -> str:
+    """Take a damaged file out of the way of the whole ones, if the folder can be written; say so."""
     with contextlib.suppress(OSError):
-        path.rename(path.with_suffix(".damaged"))
+        return f"; it is kept as {path.rename(path.with_suffix('.damaged')).name}"
+    return ""
 
 
 class Checkpoints:
@@ -127,6 +127,7 @@ class Checkpoints:
         self.card, self.facts, self.mirror, self.seconds = card, facts, mirror, seconds
         self.check = check
         self.saved = time.monotonic()
+        self.machine: dict[str, str] = {}
         self.failure: OSError | None = None
 
     def __enter__(self) -> "Checkpoints":
@@ -144,6 +145,7 @@ class Checkpoints:
                 another process uses the folder.
         """
         self.history, self.tally = History(), Tally.of(1, device)
+        self.machine = {"device": device.type, **environment(device)}
         if self.folder is None:
             return
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -154,11 +156,14 @@ class Checkpoints:
                     raise ValueError(f"{folder} holds a run; resume it, or choose another folder")
         state = load_checkpoint(self.folder, self.mirror) if resume else None
         if state is None:
+            if resume:
+                print(f"nothing to resume in {self.folder}: the run begins")
             self.save()  # of the beginning: to begin again from these weights, whatever comes
             return
         try:
             check_same_run(state["card"], self.card)
             check_same("training", state["facts"], self.facts)
+            warn_of_another_machine(state.get("machine", {}), self.machine)
             self.restore(state, device)
         except (KeyError, TypeError, AttributeError) as error:
             raise ValueError(
@@ -190,6 +195,7 @@ class Checkpoints:
         state = {
             "card": self.card,
             "facts": self.facts,
+            "machine": self.machine,
             "parts": {name: part.state_dict() for name, part in self.parts.items()},
             "history": asdict(self.history),
             "tally": {**vars(self.tally), "totals": self.tally.totals.cpu()},
@@ -241,6 +247,18 @@ def check_same_run(before: dict | None, now: dict | None) -> None:
     check_same("run", before["config"], config)
     if before["data_sha256"] != now["data_sha256"]:
         raise ValueError("the training images are not those that the run began with")
+    if before.get("augmentation", now.get("augmentation")) != now.get("augmentation"):
+        raise ValueError("the augmentation is not the one that the run began with")
+
+
+def warn_of_another_machine(before: dict[str, str], now: dict[str, str]) -> None:
+    """Say what of the machine and the versions is not as it was when the checkpoint was written."""
+    changed = [f"{old}, now {now[name]}" for name, old in before.items() if old != now[name]]
+    if changed:
+        print(
+            f"warning: the checkpoint was written with {'; '.join(changed)}: "
+            "the result will not be that of an uninterrupted run to the last bit"
+        )
 
 
 def check_same(what: str, before: dict, now: dict) -> None:

@@ -5,6 +5,7 @@ import hashlib
 import json
 import os
 import random
+import re
 import shutil
 import signal
 import subprocess
@@ -480,6 +481,10 @@ class Batches(Dataset):
         self.labels = torch.from_numpy(split.labels).to(self.device)
         self.plan = None  # epoch, order and draws of the epoch last asked for
 
+    def describe(self) -> str:
+        """The augmentation in words, the same in every process."""
+        return repr(self.program)
+
     def __getitem__(self, key: tuple[int, int]) -> tuple[Tensor, Tensor]:
         epoch, batch = key
         if self.plan is None or self.plan[0] != epoch:
@@ -509,6 +514,14 @@ class Samples(Dataset):
     def __init__(self, split: Split, compose, batch_size: int, seed: int, shuffle: bool):
         self.split, self.compose = split, compose
         self.batch_size, self.seed, self.shuffle = batch_size, seed, shuffle
+
+    def describe(self) -> str:
+        """The augmentation in words, the same in every process."""
+        transforms = self.compose.transforms
+        try:
+            return re.sub(" at 0x[0-9a-f]+", "", repr(transforms))  # addresses of functions
+        except ValueError:  # Albumentations cannot write a nested function down
+            return ", ".join(type(transform).__name__ for transform in transforms)
 
     def __getitem__(self, key: tuple[int, int]) -> tuple[Tensor, Tensor]:
         epoch, batch = key

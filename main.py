@@ -645,6 +645,9 @@ def open_run(config: Config, device: torch.device, loaders: Loaders, model: nn.M
         ValueError: `config.output` holds something already, or, with `config.resume`, another run, or
             another process uses it; it is left as it was.
     """
+    for place in filter(None, (config.output, config.mirror)):
+        if Path(place).exists() and not Path(place).is_dir():
+            raise ValueError(f"{place} is not a folder")
     if config.resume:
         lock_folder(config.output)
         state = load_checkpoint(Path(config.output) / "checkpoints", config.mirror)
@@ -670,7 +673,7 @@ def claim_folder(config: Config) -> Path:
     """A folder that no other run has: `config.output`, or a new one named after model, data and time."""
     if config.output:
         folder = Path(config.output)
-        if not config.resume and folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        if not config.resume and folder.exists() and any(folder.iterdir()):
             raise ValueError(f"output {folder} is there already; --resume it, or choose another")
         folder.mkdir(parents=True, exist_ok=True)
         return folder
@@ -762,6 +765,7 @@ def make_card(config: Config, loaders: Loaders) -> dict:
         "classes": list(loaders.classes),
         **{name: list(values) for name, values in loaders.normalization.items()},
         "data_sha256": loaders.train.dataset.split.digest(),
+        "augmentation": loaders.train.dataset.describe(),
         "config": config.identity,
     }
 

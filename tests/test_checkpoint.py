@@ -17,9 +17,11 @@ import time
 import zipfile
 from pathlib import Path
 
+import albumentations as A
 import numpy as np
 import pytest
 import torch
+from albumentations.pytorch import ToTensorV2
 
 import checkpoint
 import main
@@ -27,7 +29,7 @@ import models
 import utils
 from checkpoint import load_checkpoint, save_checkpoint
 from config import Config
-from data import EpochSampler, Samples, make_loader
+from data import EpochSampler, Samples, make_loader, make_loaders
 from files import lock_folder, unlock_folder, write_whole
 from transforms import test_transform as evaluation_transform
 from transforms import train_transform
@@ -236,8 +238,33 @@ def test_a_flipped_bit_in_a_weights_file_is_noticed(finished, tmp_path):
         checkpoint.load_weights(tmp_path / "w.safetensors")
 
 
-def test_resuming_what_never_began_begins(sample, uninterrupted, tmp_path):
+def test_resuming_what_never_began_begins_and_says_so(sample, uninterrupted, tmp_path, capsys):
     assert run(sample, tmp_path / "new", resume=True) == uninterrupted
+    printed = f"nothing to resume in {tmp_path / 'new/checkpoints'}: the run begins\n"
+    assert capsys.readouterr().out.startswith(printed)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("device", "cuda"), ("versions", "torch 2.10.0"), ("machine", "x86_64, 9 threads")],
+)
+def test_a_resume_on_another_machine_is_warned_about_once(sample, tmp_path, capsys, name, value):
+    run(sample, tmp_path, stop_at=2)
+    state = load_checkpoint(tmp_path / "checkpoints")
+    now = state["machine"][name]
+    state["machine"][name] = value
+    save_checkpoint(tmp_path / "checkpoints", state, 2)
+    capsys.readouterr()
+    run(sample, tmp_path, resume=True)
+    printed = capsys.readouterr().out
+    assert f"warning: the checkpoint was written with {value}, now {now}: the result" in printed
+    assert printed.count("the checkpoint was written with") == 1
+
+
+def test_a_resume_on_the_same_machine_warns_of_nothing(sample, tmp_path, capsys):
+    run(sample, tmp_path, stop_at=2)
+    run(sample, tmp_path, resume=True)
+    assert "the checkpoint was written" not in capsys.readouterr().out
 
 
 def test_a_folder_that_holds_a_run_is_not_overwritten(sample, tmp_path):
@@ -323,7 +350,9 @@ def test_no_damage_is_loaded_silently_and_the_one_before_is(tmp_path, capsys):
         assert damaged != content, name
         path.write_bytes(damaged)
         assert load_checkpoint(tmp_path)["step"] == 1, name
-        assert f"checkpoint {path} is damaged" in capsys.readouterr().out
+        printed = capsys.readouterr().out
+        assert f"checkpoint {path} is damaged" in printed
+        assert printed.endswith("; it is kept as step-00000002.damaged\n")
         assert path.with_suffix(".damaged").exists()
         tried += 1
     assert tried == 84
@@ -547,6 +576,36 @@ def test_changed_training_images_are_not_resumed(finished, capsys, monkeypatch):
     with pytest.raises(SystemExit):
         main.main([*SMOKE, "--output", str(finished), "--resume"])
     assert "the training images are not those that the run began with" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_another_augmentation_is_not_resumed(tmp_path, workers):
+    config = Config(dataset="cifar10-sample", workers=workers)
+    cards = [
+        main.make_card(config, make_loaders(config, "cpu", transform))
+        for transform in (None, train_transform(cutout=8), train_transform(cutout=10))
+    ]
+    checkpoint.check_same_run(cards[0], cards[1])
+    with pytest.raises(ValueError, match="the augmentation is not the one that the run began with"):
+        checkpoint.check_same_run(cards[0], cards[2])
+
+
+def unchanged(image, **options):
+    return image
+
+
+@pytest.mark.parametrize(
+    ("first", "words"),
+    [
+        (A.Lambda(image=unchanged), "image=<function unchanged>, "),
+        (A.OneOf([A.Lambda(image=unchanged), A.HorizontalFlip()]), "OneOf, Normalize"),
+    ],
+)
+def test_an_augmentation_is_described_alike_in_every_process(sample, first, words):
+    samples = Samples(sample, A.Compose([first, A.Normalize(), ToTensorV2()]), 8, 0, shuffle=True)
+    before = samples.describe()
+    samples.image(1, 0, 0)  # its draws leave no trace
+    assert samples.describe() == before and words in before and "0x" not in before
 
 
 @pytest.fixture(scope="module")

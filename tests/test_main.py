@@ -522,6 +522,11 @@ BAD = [
     (["test", "README.md"], "README.md is no weights file of this package"),
     (["report", "nowhere"], "there is no weights file nowhere"),
     ([*SMOKE, "--output", "RUN"], "is there already; --resume it, or choose another"),
+    ([*SMOKE, "--output", "README.md"], "README.md is not a folder"),
+    ([*SMOKE, "--output", "README.md", "--resume"], "README.md is not a folder"),
+    ([*SMOKE, "--output", "README.md/r"], "main.py: README.md/r: Not a directory"),
+    ([*SMOKE, "--mirror", "README.md"], "README.md is not a folder"),
+    (["--data", "README.md"], "main.py: README.md/cifar-10-batches-bin"),
     (["test"], "required: weights"),
 ]
 
