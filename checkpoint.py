@@ -13,6 +13,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import nn
 
+from config import Config
 from files import lock_folder, reason, unlock_folder, write_whole
 from models import make_model
 from utils import Epoch, History, Tally, environment
@@ -244,7 +245,7 @@ def check_same_run(before: dict | None, now: dict | None) -> None:
     both_have_workers = before["config"].get("workers") and now["config"]["workers"]
     free = (*FREE, "workers") if both_have_workers else FREE
     config = {name: value for name, value in now["config"].items() if name not in free}
-    check_same("run", before["config"], config)
+    check_same("run", asdict(Config()) | before["config"], config)  # a field newer than the run: default
     if before["data_sha256"] != now["data_sha256"]:
         raise ValueError("the training images are not those that the run began with")
     if before.get("augmentation", now.get("augmentation")) != now.get("augmentation"):

@@ -75,6 +75,7 @@ class Config:
     compile: bool = setting(False, "torch.compile the network: minutes at first, then faster on a GPU")
     device: str = setting("auto", "cpu, cuda, cuda:1, mps; auto: the fastest there is")
     seed: int = setting(0, "of weights, order and augmentation")
+    deterministic: bool = setting(False, "on CUDA, only kernels that repeat to the bit; slower")
     output: str | None = setting(None, "run folder; none: runs/MODEL-DATASET-TIME")
     resume: bool = setting(False, "continue the run in --output from its newest whole checkpoint")
     mirror: str | None = setting(None, "second folder for checkpoints, such as one on a mounted drive")

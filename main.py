@@ -631,7 +631,7 @@ def prepare(config: Config) -> tuple[torch.device, Loaders, nn.Module, torch.opt
     """Device, loaders, model, optimizer and folder of a run; the folder is made last."""
     device = get_device(config.device)
     loaders = make_loaders(config, device)
-    seed_everything(config.seed)
+    seed_everything(config.seed, config.deterministic)
     model = make_model(config.model, len(loaders.classes), **config.model_options)
     model.to(device, memory_format=torch.channels_last)
     optimizer = make_optimizer(config.optimizer, model, config.lr or 1e-3, config.weight_decay)

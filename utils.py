@@ -198,11 +198,18 @@ def environment(device: torch.device) -> dict[str, str]:
     }
 
 
-def seed_everything(seed: int) -> None:
-    """Seed the global generators of Python, NumPy and PyTorch (every device)."""
+def seed_everything(seed: int, deterministic: bool = False) -> None:
+    """Seed the global generators of Python, NumPy and PyTorch (every device).
+
+    Args:
+        deterministic: have cuDNN use only algorithms that give the same bits each time. The networks
+            here should need no more: no two windows of their pooling overlap, whose sums would race.
+    """
     random.seed(seed)
     np.random.seed(seed)
     torch.manual_seed(seed)
+    if deterministic:
+        torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark = True, False
 
 
 @contextlib.contextmanager

@@ -60,6 +60,7 @@ def run(
     optimizer="adam",
     scheduled=True,
     validated=False,
+    device=CPU,
     **options,
 ):
     """The small run, which a SIGTERM meets in its step `stop_at`; its outcome, or None if stopped."""
@@ -81,7 +82,7 @@ def run(
     with stopped:
         history = main.fit_model(
             model,
-            CPU,
+            device,
             train_loader,
             test_loader,
             optimizer,
@@ -138,6 +139,28 @@ def test_any_kind_of_run_resumed_ends_with_the_same_bits(sample, tmp_path, optio
     state = load_checkpoint(tmp_path / "checkpoints")
     assert state["tally"]["steps"] == 2 and ("scaler" in state["parts"])
     assert run(sample, tmp_path, resume=True, **options) == expected
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+@pytest.mark.parametrize("precision", utils.PRECISIONS)
+def test_on_a_gpu_a_deterministic_run_resumed_ends_with_the_same_bits(
+    sample, tmp_path, monkeypatch, precision
+):
+    monkeypatch.setattr(torch.backends.cudnn, "deterministic", True)
+    monkeypatch.setattr(torch.backends.cudnn, "benchmark", False)
+    options = {"device": torch.device("cuda"), "precision": precision}
+    expected = run(sample, **options)
+    assert run(sample, tmp_path, stop_at=4, **options) is None
+    assert run(sample, tmp_path, resume=True, **options) == expected
+
+
+def test_a_run_from_before_a_field_existed_is_resumed_with_its_default():
+    card = {"config": main.Config().identity, "data_sha256": ""}
+    before = {name: value for name, value in card["config"].items() if name != "deterministic"}
+    checkpoint.check_same_run({"config": before, "data_sha256": ""}, card)
+    card["config"] = main.Config(deterministic=True).identity
+    with pytest.raises(ValueError, match="has deterministic False, not True"):
+        checkpoint.check_same_run({"config": before, "data_sha256": ""}, card)
 
 
 def test_the_comparison_sees_a_lost_momentum(sample, uninterrupted, tmp_path, monkeypatch):

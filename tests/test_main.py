@@ -584,6 +584,13 @@ def test_a_run_with_worker_processes_reports_too(tmp_path):
     assert (tmp_path / "r/figures/samples.png").is_file()
 
 
+def test_deterministic_kernels_are_asked_for(tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.backends.cudnn, "deterministic", False)
+    monkeypatch.setattr(torch.backends.cudnn, "benchmark", True)
+    main.prepare(main.parse_config([*SMOKE, "--deterministic", "--output", str(tmp_path / "r")]))
+    assert torch.backends.cudnn.deterministic and not torch.backends.cudnn.benchmark
+
+
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
 def test_a_gpu_run_reports_and_augments_as_the_cpu_does(tmp_path, sample):
     assert main.main([*SMOKE[:-2], "--output", str(tmp_path / "r")]) == 0
