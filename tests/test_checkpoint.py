@@ -761,7 +761,7 @@ def test_a_signal_to_all_processes_of_a_run_with_workers_saves_too(number, tmp_p
     out, err = process.communicate(timeout=60)
     assert process.returncode == 128 + number
     assert err == f"main.py: stopped by {number.name}; --resume continues the run\n"
-    assert 0 < load_checkpoint(tmp_path / "r/checkpoints")["tally"]["steps"] < 16
+    assert load_checkpoint(tmp_path / "r/checkpoints")["tally"]["epoch"] in (1, 2, 3)
     with pytest.raises(ProcessLookupError):  # nobody is left
         os.killpg(process.pid, 0)
 
