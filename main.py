@@ -351,8 +351,6 @@ def fit_model(
             raise
     if kept.failure:
         raise kept.failure
-    if average:
-        model.load_state_dict(judged.state_dict())
     return kept.history
 
 
@@ -364,9 +362,9 @@ def average_of(model: nn.Module) -> nn.Module:
 
 @contextlib.contextmanager
 def averaging(optimizer, model: nn.Module, averaged: nn.Module, decay: float):
-    """Move `averaged`, its buffers too, towards `model` after each update; not at all if decay is 0.
+    """Move `averaged`, its buffers too, towards `model` after each update; put it into `model` at last.
 
-    A part of the update itself: nothing can come between the two.
+    A part of the update itself: nothing can come between the two. With a decay of 0, do nothing.
     """
     if not decay:
         yield
@@ -379,6 +377,7 @@ def averaging(optimizer, model: nn.Module, averaged: nn.Module, decay: float):
         yield
     finally:
         handle.remove()
+    model.load_state_dict(averaged.state_dict())
 
 
 def facts_of(device, loader, max_batches, *, precision, **options) -> dict:
