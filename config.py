@@ -60,6 +60,7 @@ class Config:
     batch_size: int = setting(512, "images per step")
     optimizer: str = setting("adam", "update rule; sgd has Nesterov momentum 0.9")
     weight_decay: float = setting(0.0, "L2 penalty, not on norms and biases; decoupled with adamw")
+    head_rate: float = setting(1.0, "rate of the last linear layer, as a share of the others'")
     scheduler: str = setting("onecycle", "learning-rate schedule")
     lr: float | None = setting(None, "peak learning rate; none: found by the range test")
     lr_rule: str = setting("minimum", "which suggestion of the range test to use")
@@ -70,6 +71,7 @@ class Config:
     flip: bool = setting(True, "mirror half of the images")
     cutout: int = setting(8, "side of the erased square, pixels; 0: none")
     grayscale: float = setting(0.0, "probability of turning an image grey")
+    tta: bool = setting(False, "at the end, average the logits of each image and of its mirror image")
     workers: int = setting(0, "processes to augment in image by image; 0: whole batches, other draws")
     precision: str = setting("auto", "number format of the forward pass")
     compile: bool = setting(False, "torch.compile the network: minutes at first, then faster on a GPU")
@@ -109,6 +111,11 @@ class Config:
         return {"width": self.width, **custom}
 
     @property
+    def optimizer_options(self) -> dict:
+        """The keyword arguments of `make_optimizer`."""
+        return {"weight_decay": self.weight_decay, "head_rate": self.head_rate}
+
+    @property
     def identity(self) -> dict:
         """What the run is, apart from where it is kept."""
         return {name: value for name, value in asdict(self).items() if name not in PLACES}
@@ -116,7 +123,7 @@ class Config:
     @property
     def fit_options(self) -> dict:
         """The keyword arguments of `fit_model` that are plain fields."""
-        names = ("precision", "label_smoothing", "average", "seed")
+        names = ("precision", "label_smoothing", "average", "seed", "compile")
         names += ("max_train_batches", "max_test_batches")
         names += ("resume", "mirror", "checkpoint_seconds")
         return {name: getattr(self, name) for name in names}
@@ -131,6 +138,7 @@ _RANGES = (
     ("epochs", 1, math.inf),
     ("batch_size", 2, math.inf),  # one image alone has no batch statistics
     ("weight_decay", 0, math.inf),
+    ("head_rate", 1e-6, 1e6),
     ("peak_epoch", 0, math.inf),
     ("label_smoothing", 0, 0.99),
     ("average", 0, 0.9999),

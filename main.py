@@ -111,6 +111,7 @@ def train_steps(
     precision: str,
     label_smoothing: float,
     seed: int,
+    compile: bool = False,
 ) -> Iterator[None]:
     """The rest of the epoch that `tally` counts, one update at a time; yields between them.
 
@@ -118,6 +119,7 @@ def train_steps(
     """
     dtype = pick_precision(precision, device)
     model.to(device, memory_format=torch.channels_last).train()
+    forward = torch.compile(model) if compile else model
     began = time.perf_counter() - tally.seconds
     for images, labels in progress(loader, tally, max_batches):
         if not tally.steps and tally.epoch == 1:
@@ -127,7 +129,7 @@ def train_steps(
         with torch.random.fork_rng([device] if device.type == "cuda" else []):
             key = [seed, DROPOUT, tally.epoch, tally.steps]
             torch.manual_seed(int(np.random.default_rng(key).integers(2**63)))
-            train_step(model, images, labels, optimizer, scaler, tally, dtype, label_smoothing)
+            train_step(forward, images, labels, optimizer, scaler, tally, dtype, label_smoothing)
         if scheduler is not None:
             scheduler.step()
         tally.lrs.append(lr)
@@ -163,12 +165,12 @@ def check_batch(model, images: torch.Tensor, labels: torch.Tensor, device, dtype
 
 
 def train_step(
-    model, images, labels, optimizer, scaler, tally: Tally, dtype, label_smoothing: float
+    forward, images, labels, optimizer, scaler, tally: Tally, dtype, label_smoothing: float
 ) -> None:
     """One update, added to `tally`; none if loss or gradient, now or before, is not finite."""
     optimizer.zero_grad(set_to_none=True)
     with autocast(images.device, dtype):
-        logits = model(images)
+        logits = forward(images)
         loss = F.cross_entropy(logits, labels, label_smoothing=label_smoothing)
     scaler.scale(loss).backward()
     sound = torch.isfinite(loss.detach()) & (tally.totals[2] == tally.steps)
@@ -225,10 +227,15 @@ def test(
     test_loader,
     *,
     precision: str = "auto",
+    tta: bool = False,
     max_batches: int | None = None,
 ) -> Stats:
-    """Mean cross-entropy and accuracy over every image of a loader, each counted once."""
-    return score(*forward_all(model, device, test_loader, precision, max_batches))
+    """Mean cross-entropy and accuracy over every image of a loader, each counted once.
+
+    Args:
+        tta: average the logits of each image with those of its mirror image.
+    """
+    return score(*forward_all(model, device, test_loader, precision, max_batches, tta))
 
 
 def score(logits: torch.Tensor, labels: torch.Tensor) -> Stats:
@@ -243,14 +250,15 @@ def predict(
     loader,
     *,
     precision: str = "auto",
+    tta: bool = False,
     max_batches: int | None = None,
 ) -> Predictions:
-    """Class probabilities of every image of a loader, in its order."""
-    logits, labels = forward_all(model, device, loader, precision, max_batches)
+    """Class probabilities of every image of a loader, in its order; `tta` as in `test`."""
+    logits, labels = forward_all(model, device, loader, precision, max_batches, tta)
     return Predictions(logits.softmax(1).cpu().numpy(), labels.cpu().numpy())
 
 
-def forward_all(model, device, loader, precision: str, max_batches: int | None):
+def forward_all(model, device, loader, precision: str, max_batches: int | None, tta: bool = False):
     """Logits float32 (N, K) and labels (N,) of a loader, on the device; the model's mode is kept."""
     device = torch.device(device)
     dtype = pick_precision(precision, device)
@@ -260,7 +268,8 @@ def forward_all(model, device, loader, precision: str, max_batches: int | None):
     with torch.inference_mode(), autocast(device, dtype):
         for images, labels in itertools.islice(loader, max_batches):
             images, labels = to_device(images, labels, device)
-            logits.append(model(images).float())
+            views = [images, images.flip(-1)] if tta else [images]
+            logits.append(sum(model(view).float() for view in views) / len(views))
             targets.append(labels)
     model.train(training)
     return torch.cat(logits), torch.cat(targets)
@@ -280,6 +289,7 @@ def fit_model(
     label_smoothing: float = 0.0,
     average: float = 0.0,
     seed: int = 0,
+    compile: bool = False,
     max_train_batches: int | None = None,
     max_test_batches: int | None = None,
     folder: str | Path | None = None,
@@ -294,6 +304,7 @@ def fit_model(
         scheduler: stepped after every batch.
         average: what a running average of the weights keeps at each step, such as 0.99; it is judged and
             kept instead of the weights, and the model's at the end. 0: no average.
+        compile: the forward and backward pass of training, by `torch.compile`.
         val_loader: judged after each epoch instead of the test set, which then is looked at once,
             after the last.
         folder: where checkpoints, history, TensorBoard events and, if there is a `card`, weights go.
@@ -320,6 +331,7 @@ def fit_model(
     parts = {"model": model, "optimizer": optimizer, "scheduler": scheduler, "scaler": scaler}
     parts["average"] = judged if average else None
     options = {"precision": precision, "label_smoothing": label_smoothing, "seed": seed}
+    options["compile"] = compile
     facts = facts_of(device, train_loader, max_train_batches, epochs=epochs, average=average, **options)
     check = functools.partial(check_finite, scaler=scaler)
     kept = Checkpoints(folder, parts, card, facts, mirror, checkpoint_seconds, check)
@@ -420,16 +432,25 @@ def warn_if_dead(tally: Tally, part: str, stats: Stats, logits: torch.Tensor, la
 
 
 def make_optimizer(
-    name: str, model: nn.Module, lr: float = 1e-3, weight_decay: float = 0.0
+    name: str, model: nn.Module, lr: float = 1e-3, weight_decay: float = 0.0, head_rate: float = 1.0
 ) -> torch.optim.Optimizer:
     """Adam, AdamW (betas 0.9, 0.999) or SGD with Nesterov momentum 0.9, by name; fused kernels.
 
-    Weight decay is on the weights of convolutions and linear layers, not on norms and biases.
+    Args:
+        weight_decay: on the weights of convolutions and linear layers, not on norms and biases.
+        head_rate: rate of the last linear layer, as a share of the others', with as much decay per step.
+            The square of s trains as if logits were multiplied by s, which Page's recipe does (1/8).
     """
-    parameters = list(model.parameters())
-    weights, others = ([p for p in parameters if (p.dim() > 1) is big] for big in (True, False))
-    groups = [{"params": weights, "weight_decay": weight_decay}, {"params": others, "weight_decay": 0.0}]
-    common = {"params": [g for g in groups if g["params"]], "lr": lr, "fused": True}
+    last = [module for module in model.modules() if isinstance(module, nn.Linear)][-1:]
+    head = [p for module in last for p in module.parameters() if head_rate != 1]
+    body = [p for p in model.parameters() if not any(p is other for other in head)]
+    groups = [
+        {"params": [p for p in body if p.dim() > 1], "weight_decay": weight_decay},
+        {"params": [p for p in body if p.dim() <= 1], "weight_decay": 0.0},
+        {"params": head, "weight_decay": weight_decay / head_rate, "share": head_rate},
+    ]
+    groups = [{"lr": lr * g.get("share", 1.0), **g} for g in groups if g["params"]]
+    common = {"params": groups, "lr": lr, "fused": True}
     if name == "sgd":
         return torch.optim.SGD(**common, momentum=0.9, nesterov=True)
     if name in ("adam", "adamw"):
@@ -633,7 +654,7 @@ def prepare(config: Config) -> tuple[torch.device, Loaders, nn.Module, torch.opt
     seed_everything(config.seed, config.deterministic)
     model = make_model(config.model, len(loaders.classes), **config.model_options)
     model.to(device, memory_format=torch.channels_last)
-    optimizer = make_optimizer(config.optimizer, model, config.lr or 1e-3, config.weight_decay)
+    optimizer = make_optimizer(config.optimizer, model, config.lr or 1e-3, **config.optimizer_options)
     return device, loaders, model, optimizer, open_run(config, device, loaders, model)
 
 
@@ -739,7 +760,7 @@ def make_scheduler(config: Config, loaders: Loaders, optimizer, found: LRFinderR
     high = config.lr or found.suggestions[config.lr_rule]
     if config.scheduler == "none":
         for group in optimizer.param_groups:
-            group["lr"] = high
+            group["lr"] = high * group.get("share", 1.0)
         return None
     low = None if config.lr else min(found.suggestions["start"], high / 10)
     steps = min(len(loaders.train), config.max_train_batches or len(loaders.train))
@@ -773,11 +794,11 @@ def report_run(config: Config, device, loaders: Loaders, model, folder: Path) ->
     """Predict the test set and write the run's report, then say where it is."""
     from report import write_report  # matplotlib takes a second, which a short command need not wait
 
-    predictions = predict(
-        model, device, loaders.test, precision=config.precision, max_batches=config.max_test_batches
-    )
+    options = {"precision": config.precision, "tta": config.tta, "max_batches": config.max_test_batches}
+    predictions = predict(model, device, loaders.test, **options)
     path = write_report(folder, model, loaders, predictions)
-    print(f"test accuracy {predictions.accuracy:.2%} of {len(predictions.labels):,} images")
+    images = f"{len(predictions.labels):,} images" + ", each with its mirror image" * config.tta
+    print(f"test accuracy {predictions.accuracy:.2%} of {images}")
     print(f"report {path}")
 
 
@@ -823,8 +844,9 @@ def test_command(argv: list[str]) -> None:
         if list(split.classes) != card["classes"]:
             raise ValueError(f"the weights know {card['classes']}, not {list(split.classes)}")
     loader = make_loader(split, test_transform(card["mean"], card["std"]), device, config)
-    stats = test(model, device, loader, precision=config.precision)
-    print(f"test loss {stats.loss:.4f}, accuracy {stats.accuracy:.2%} of {len(split):,} images")
+    stats = test(model, device, loader, precision=config.precision, tta=config.tta)
+    images = f"{len(split):,} images" + ", each with its mirror image" * config.tta
+    print(f"test loss {stats.loss:.4f}, accuracy {stats.accuracy:.2%} of {images}")
 
 
 def predict_command(argv: list[str]) -> None:

@@ -8,6 +8,7 @@ import io
 import itertools
 import json
 import math
+import operator
 import platform
 import random
 import warnings
@@ -289,6 +290,7 @@ def find_lr(
     model, optimizer = copy.deepcopy((model, optimizer))  # together: the copy updates the copy
     for group in optimizer.param_groups:
         group.pop("initial_lr", None)  # a scheduler's mark, at which the library refuses to run
+    scale_rates(optimizer)
     sampler = getattr(train_loader, "sampler", None)
     epoch = getattr(sampler, "epoch", None)
     with random_state_kept(device), contextlib.redirect_stdout(io.StringIO()):
@@ -309,6 +311,18 @@ def find_lr(
                 sampler.set_epoch(epoch)
     lrs, losses = finder.history["lr"], finder.history["loss"]
     return LRFinderResult(lrs, losses, suggest_lrs(lrs, losses))
+
+
+def scale_rates(optimizer: torch.optim.Optimizer) -> None:
+    """Make each group step at its share of the rate, where a schedule sets the same rate for all."""
+    shares = [group.get("share", 1.0) for group in optimizer.param_groups]
+
+    def multiply(by) -> None:
+        for group, share in zip(optimizer.param_groups, shares, strict=True):
+            group["lr"] = by(group["lr"], share)
+
+    optimizer.register_step_pre_hook(lambda *_: multiply(operator.mul))
+    optimizer.register_step_post_hook(lambda *_: multiply(operator.truediv))
 
 
 def import_lr_finder():
@@ -396,7 +410,7 @@ def one_cycle(
     peaks at 0.3 of its length.
 
     Args:
-        max_lr: the rate at the peak.
+        max_lr: the rate at the peak; a parameter group with a "share" has that share of it.
         epochs, steps_per_epoch: how often it will be stepped, once after each batch.
         peak_epoch: epochs until the peak; the last batch of that epoch uses `max_lr`.
         min_lr: the first rate; the line ends at a hundredth of it, one step after the last. None:
@@ -416,7 +430,7 @@ def one_cycle(
     # One step more than are taken: OneCycleLR's rate after its last step would be negative.
     return OneCycleLR(
         optimizer,
-        max_lr=max_lr,
+        max_lr=[max_lr * group.get("share", 1.0) for group in optimizer.param_groups],
         total_steps=steps + 1,
         pct_start=(peak + 1) / (steps + 1),
         anneal_strategy="linear",

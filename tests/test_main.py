@@ -109,6 +109,20 @@ def test_an_average_of_the_weights_is_judged_kept_and_left_in_the_model(loaders,
     assert len(optimizer._optimizer_step_post_hooks) == 1  # the one of this test
 
 
+def test_a_compiled_network_trains_to_the_same_weights(loaders, monkeypatch):
+    plain, _ = fit(loaders)
+    calls, compiler = [], torch.compile
+
+    def without_code_generation(model):
+        calls.append(model)
+        return compiler(model, backend="eager")
+
+    monkeypatch.setattr(torch, "compile", without_code_generation)
+    compiled, _ = fit(loaders, compile=True)
+    assert calls == [compiled] * 2  # once an epoch, to train with; evaluation runs as it is
+    assert torch.equal(weights(plain), weights(compiled))
+
+
 def test_looking_changes_nothing(loaders, tmp_path):
     plain, _ = fit(loaders)
     train, test = loaders
@@ -272,6 +286,20 @@ def test_train_loss_is_per_image_when_the_last_batch_is_short():
     )
     expected = nn.functional.cross_entropy(model(images), labels).item()
     assert stats.loss == pytest.approx(expected, rel=1e-5)
+
+
+def test_tta_averages_the_logits_of_an_image_and_its_mirror_image(loaders):
+    model, _ = build()
+    images = torch.cat([batch for batch, _ in loaders[1]])
+    model.eval()
+    with torch.no_grad():
+        expected = ((model(images) + model(images.flip(3))) / 2).softmax(1)
+    found = main.predict(model, CPU, loaders[1], precision="fp32", tta=True)
+    torch.testing.assert_close(torch.from_numpy(found.probabilities), expected, rtol=1e-4, atol=1e-5)
+    plain = main.predict(model, CPU, loaders[1], precision="fp32")
+    assert not np.allclose(plain.probabilities, found.probabilities, atol=1e-3)
+    stats = main.test(model, CPU, loaders[1], precision="fp32", tta=True)
+    assert stats.accuracy == found.accuracy
 
 
 def test_testing_and_predicting_change_nothing_and_agree(loaders):
