@@ -45,7 +45,9 @@ PUBLIC = {
     "report": {"write_report"},
     "main": {"train", "test", "fit_model", "predict", "run", "main"},
 }
-SOURCES = [path for path in ROOT.rglob("*.py") if ".venv" not in path.parts]
+SOURCES = [  # not what lies in environments such as .venv
+    path for path in ROOT.rglob("*.py") if not any(p[0] == "." for p in path.relative_to(ROOT).parts)
+]
 
 
 def imports_of(path):
@@ -110,3 +112,10 @@ def test_every_load_is_explicitly_safe():
     assert [line for line in lines if any(word in line for word in banned)] == []
     loads = [line for line in lines if "torch.load(" in line]
     assert loads and all("weights_only=True" in line for line in loads)
+
+
+def test_nothing_below_the_top_floor_imports_the_benchmarks():
+    for module in FLOORS:
+        path = ROOT / f"{module}.py"
+        for file in [path] if path.is_file() else (ROOT / module).glob("*.py"):
+            assert not {"benchmarks", "tests"} & set(imports_of(file))

@@ -1,0 +1,146 @@
+"""Overhead: `fit_model` against a bare loop with the same precision, layout, data and optimizer.
+
+python -m benchmarks.overhead
+
+The loops are compared over a few steps, without files. What a run writes (a checkpoint a minute, at the
+end of each epoch one more, with weights, history and events) is timed apart, several times, and added in
+the measure of an epoch of 98 steps.
+"""
+
+import contextlib
+import io
+import statistics
+import tempfile
+import time
+from dataclasses import asdict
+from itertools import islice
+from pathlib import Path
+
+import torch
+from torch.nn import functional as F
+
+from benchmarks import common
+from checkpoint import save_checkpoint, save_weights
+from config import Config
+from data import Loaders, make_loaders
+from main import event_log, fit_model, forward_all, make_card, make_optimizer, score
+from models import make_model
+from utils import Epoch, History, autocast, one_cycle, pick_precision
+
+CPU = torch.device("cpu")
+EPOCH = 98  # steps: 50,000 images in batches of 512
+
+
+def prepare(config: Config, steps: int):
+    """Network, optimizer and schedule as a run makes them, the same every time."""
+    torch.manual_seed(0)
+    model = make_model(config.model, **config.model_options).to(memory_format=torch.channels_last)
+    optimizer = make_optimizer(config.optimizer, model)
+    return model, optimizer, one_cycle(optimizer, 1e-3, epochs=1, steps_per_epoch=steps)
+
+
+def fit_seconds(config: Config, loaders: Loaders, steps: int) -> float:
+    """Seconds that `fit_model` takes for some steps and a batch of evaluation."""
+    parts = prepare(config, steps)
+    limits = {"max_train_batches": steps, "max_test_batches": 1}
+    begin = time.perf_counter()
+    with contextlib.redirect_stdout(io.StringIO()):
+        fit_model(parts[0], CPU, loaders.train, loaders.test, *parts[1:], epochs=1, **limits)
+    return time.perf_counter() - begin
+
+
+def bare_seconds(config: Config, loaders: Loaders, steps: int) -> float:
+    """Seconds that the least code takes for the same."""
+    model, optimizer, scheduler = prepare(config, steps)
+    dtype = pick_precision("auto", CPU)
+    loaders.train.sampler.set_epoch(1)
+    begin = time.perf_counter()
+    model.train()
+    for images, labels in islice(loaders.train, steps):
+        optimizer.zero_grad(set_to_none=True)
+        with autocast(CPU, dtype):
+            loss = F.cross_entropy(model(images), labels)
+        loss.backward()
+        optimizer.step()
+        scheduler.step()
+    score(*forward_all(model, CPU, loaders.test, "auto", 1))
+    return time.perf_counter() - begin
+
+
+def writing_seconds(config: Config, loaders: Loaders, count: int = 8) -> tuple[float, float]:
+    """Median seconds of a checkpoint, and of all that is written at the end of an epoch."""
+    model, optimizer, scheduler = prepare(config, count * EPOCH)
+    images, labels = next(iter(loaders.train))
+    F.cross_entropy(model(images[:8]), labels[:8]).backward()
+    optimizer.step()  # an optimizer has its moments from the first step on
+    parts = {"model": model, "optimizer": optimizer, "scheduler": scheduler}
+    card, history, saves, ends = make_card(config, loaders), History(), [], []
+
+    def save(folder: Path) -> None:
+        state = {name: part.state_dict() for name, part in parts.items()}
+        save_checkpoint(folder / "checkpoints", state | {"history": asdict(history)}, len(history.lrs))
+
+    def end_epoch(folder: Path) -> None:
+        history.save(folder)
+        save_weights(folder / "weights.safetensors", model, card)
+        save(folder)
+        update_events()
+
+    with tempfile.TemporaryDirectory() as name, event_log(name, history) as update_events:
+        for epoch in range(1, count + 1):
+            saves.append(seconds_of(lambda: save(Path(name))))
+            history.epochs.append(a_row(epoch))
+            history.lrs += [1e-3] * EPOCH
+            ends.append(seconds_of(lambda: end_epoch(Path(name))))
+    return statistics.median(saves), statistics.median(ends)
+
+
+def seconds_of(call) -> float:
+    """How long a call takes."""
+    begin = time.perf_counter()
+    call()
+    return time.perf_counter() - begin
+
+
+def a_row(epoch: int) -> Epoch:
+    """A row of a history, with every column that a run without a validation split fills."""
+    parts = ("train_loss", "train_accuracy", "test_loss", "test_accuracy")
+    return Epoch(epoch=epoch, lr=1e-3, seconds=1.0, images_per_second=1.0, **dict.fromkeys(parts, 0.5))
+
+
+def compare(width: int, steps: int, given) -> tuple[list[dict], list[dict]]:
+    """Rows and claims at one width."""
+    sample = {"dataset": "cifar10-sample", "batch_size": 32} if given.smoke else {}
+    config = Config(width=width, **sample)
+    loaders = make_loaders(config)
+    variants = {}
+    for name, call in (("bare loop", bare_seconds), ("fit_model", fit_seconds)):
+        call(config, loaders, 1)  # imports, pages, kernels
+        variants[f"width {width}, {name}"] = lambda call=call: call(config, loaders, steps)
+    found = common.measure(variants, given.rounds)
+    save, end = writing_seconds(config, loaders)
+    bare, fit = found.values()
+    epoch = EPOCH / steps * statistics.median(bare)
+    loop, files = common.ratios(fit, bare), (end + save * int(epoch / 60)) / epoch
+    claims = [
+        common.make_claim(f"width {width}: fit_model's loop / bare loop", loop),
+        common.make_claim(f"width {width}: all that is written in an epoch / bare epoch", [files]),
+        common.make_claim(f"width {width}: both / bare", [x + files for x in loop], 1.02, most=True),
+    ]
+    rows = [common.make_row(name, values, steps=steps) for name, values in found.items()]
+    rows.append(common.make_row(f"width {width}, a checkpoint", [save], steps=""))
+    return rows, claims
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Measure, print, write overhead.json."""
+    given = common.make_parser(__doc__, rounds=8).parse_args(argv)
+    # About 13 s and 9 s on two cores with bf16.
+    lengths = {4: 2, 2: 3} if given.smoke else {64: 4, 16: 32}
+    found = [compare(width, steps, given) for width, steps in lengths.items()]
+    rows, claims = ([item for part in parts for item in part] for parts in zip(*found, strict=True))
+    common.publish(common.make_result("overhead", "seconds", rows, claims, given), given)
+
+
+if __name__ == "__main__":
+    main()
