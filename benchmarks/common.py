@@ -95,6 +95,11 @@ def result_folder(given) -> Path:
     return folder
 
 
+def read_json(path: Path):
+    """What a JSON file holds."""
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
 def publish(result: dict, given) -> None:
     """Write NAME.json and print the table."""
     path = result_folder(given) / f"{result['name']}.json"

@@ -1,15 +1,18 @@
 import json
+import subprocess
 
 import pytest
 
 from benchmarks import common, overhead, start, step
 from benchmarks import input as input_benchmark
+from benchmarks.peers import __main__ as peers
 
 
 def result_of(module, folder, *flags):
     """Run a benchmark with tiny settings and read the file that it wrote."""
     module.main(["--smoke", "--rounds", "1", "--output", str(folder), *flags])
-    return json.loads((folder / f"{module.__name__.rpartition('.')[2]}.json").read_text())
+    (path,) = folder.glob("*.json")
+    return json.loads(path.read_text())
 
 
 def check(result, variants, claims):
@@ -69,6 +72,40 @@ def test_the_first_update_of_a_command_is_seen_and_a_failing_command_is_no_time(
     assert start.first_step("--recipe", "demo", "--width", "4", "--lr", "0.01") > 0
     with pytest.raises(RuntimeError, match="unknown model"):
         start.first_step("--model", "vgg")
+
+
+def test_peers_make_the_same_updates_from_the_same_weights(tmp_path):
+    names = ["the course's loop", "plain loop"]
+    result = result_of(peers, tmp_path, "--only", *names)
+    check(result, [*names, "ours"], [f"ours / {name}" for name in names])
+    losses = [float(row["columns"]["loss"]) for row in result["rows"]]
+    assert max(losses) - min(losses) < 0.5
+
+
+@pytest.mark.parametrize("name", ["Lightning", "fastai"])
+def test_a_peer_that_is_installed_makes_the_same_updates_too(tmp_path, name):
+    package = peers.PEERS[name][1]
+    if not (peers.ENVIRONMENTS / package / "whole").exists():
+        pytest.skip(f"{package} is not installed: python -m benchmarks.peers --smoke")
+    check(result_of(peers, tmp_path, "--only", name), [name, "ours"], [f"ours / {name}"])
+
+
+def test_a_peer_that_cannot_be_installed_is_left_out_by_name(tmp_path, monkeypatch):
+    def fail(command, check):
+        raise subprocess.CalledProcessError(1, command)
+
+    monkeypatch.setattr(peers, "ENVIRONMENTS", tmp_path)
+    monkeypatch.setattr(peers.subprocess, "run", fail)
+    found, lines = peers.available(["plain loop", "fastai"])
+    assert found == ["plain loop"]
+    assert len(lines) == 1 and lines[0].startswith("fastai is left out")
+
+
+def test_peers_that_made_different_numbers_of_updates_are_not_compared():
+    one = {"rate": 1.0, "loss": 2.0, "version": "", "note": ""}
+    results = {"plain loop": [one | {"updates": 3}], "ours": [one | {"updates": 2}]}
+    with pytest.raises(RuntimeError, match="different numbers of updates"):
+        peers.summarize(results, {"steps": 2}, None)
 
 
 def test_rounds_take_the_variants_in_turn_and_every_other_round_backwards():

@@ -25,6 +25,7 @@ class Cifar(Dataset):
 
 def fit(job: Job) -> nn.Module:
     """Train for one pass over as many images as the job needs."""
+    job.note = "fp32, NCHW"
     model = job.make_model().to(job.device)
     loader = DataLoader(Cifar(job), job.batch, shuffle=True, num_workers=job.workers)
     optimizer = torch.optim.Adam(model.parameters(), lr=LR)

@@ -35,6 +35,7 @@ class Job:
     device: torch.device = torch.device("cpu")
     workers: int = 2
     warmup: int = 1
+    note: str = ""  # the peer's settings
     done: int = 0
     marks: list[float] = field(default_factory=list)
 
@@ -70,6 +71,7 @@ class Job:
             "rate": self.steps * self.batch / (end - begin),
             "updates": self.done,
             "loss": self.loss(model),
+            "note": self.note,
         }
 
     def loss(self, model: torch.nn.Module) -> float:

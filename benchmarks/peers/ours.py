@@ -7,6 +7,7 @@ from config import Config
 from data import CLASSES, Split, make_loader
 from main import make_optimizer, train
 from transforms import train_transform
+from utils import pick_precision
 
 
 def fit(job: Job) -> nn.Module:
@@ -15,6 +16,8 @@ def fit(job: Job) -> nn.Module:
     loader = make_loader(
         split, train_transform(), job.device, Config(batch_size=job.batch), shuffle=True
     )
+    dtype = pick_precision(job.precision, job.device)
+    job.note = f"{str(dtype).removeprefix('torch.')}, channels-last"
     model = job.make_model()
     optimizer = make_optimizer("adam", model, LR)
     train(model, job.device, loader, optimizer, job, max_batches=job.updates)
