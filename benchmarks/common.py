@@ -55,11 +55,8 @@ def make_row(variant: str, values: list[float], **columns) -> dict:
 def make_claim(text: str, values: list[float], target: float | None = None, most: bool = False) -> dict:
     """A ratio, and what it should be at least, or with `most` at most; no target: it is only stated."""
     found = spread(values)
-    met = (
-        None
-        if target is None
-        else bool(found["median"] <= target if most else found["median"] >= target)
-    )
+    sign = -1 if most else 1
+    met = None if target is None else sign * found["median"] >= sign * target
     return {"claim": text, **found, "target": target, "most": most, "met": met}
 
 
@@ -111,12 +108,7 @@ def render(result: dict) -> str:
     """A result as Markdown: its variants, its claims, and where the numbers are from."""
     heads = list(result["rows"][0]["columns"])
     rows = [
-        [
-            row["variant"],
-            quantity(row["median"]),
-            interval(row),
-            *(str(row["columns"][h]) for h in heads),
-        ]
+        [row["variant"], quantity(row["median"]), interval(row), *map(str, row["columns"].values())]
         for row in result["rows"]
     ]
     parts = [table([result["name"], result["unit"], "range", *heads], rows)]
@@ -127,9 +119,11 @@ def render(result: dict) -> str:
         ]
         parts.append(table(["ratio", "median", "range", "claimed"], cells))
     parts += [result["note"]] if result.get("note") else []
+    versions = ", ".join(result["versions"].split(", ")[:2])
+    rounds = result["settings"]["rounds"]
     parts.append(
-        f"{result['machine']}, {result['cores']} cores; {result['versions']}; {result['date']}; medians "
-        f"of {result['settings']['rounds']} rounds; `{result['command']}`"
+        f"{result['machine']}; {versions}; {result['date']}; medians of {rounds} rounds; "
+        f"`{result['command']}`"
     )
     return "\n\n".join(parts)
 

@@ -44,12 +44,11 @@ def loaders_of(split: Split, batch: int) -> dict[str, DataLoader]:
     """Each variant's loader; the slow ones get the first fifth of the images."""
     few = split.take(np.arange(max(batch, len(split) // 5)))
     config = Config(batch_size=batch)
-    workers = make_loader(
-        few, train_transform(), "cpu", Config(batch_size=batch, workers=2), shuffle=True
-    )
+    transform, two = train_transform(), Config(batch_size=batch, workers=2)
+    workers = make_loader(few, transform, "cpu", two, shuffle=True)
     same = DataLoader(workers.dataset, sampler=workers.sampler, batch_size=None)
     return {
-        "whole batches": make_loader(split, train_transform(), "cpu", config, shuffle=True),
+        "whole batches": make_loader(split, transform, "cpu", config, shuffle=True),
         "Albumentations, image by image": DataLoader(Plain(few), batch, shuffle=True, drop_last=True),
         "ours image by image, one process": same,
         "ours image by image, two workers": workers,

@@ -25,7 +25,7 @@ CPU = torch.device("cpu")
 def rate(fit, images, labels, **options) -> float:
     """Images a second of one peer over the steps after the first; its own output is not shown."""
     with tempfile.TemporaryDirectory() as folder:
-        job = Job(images, labels, folder=Path(folder), precision="auto", **options)
+        job = Job(images=images, labels=labels, folder=Path(folder), precision="auto", **options)
         with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
             model = fit(job)
     return job.result(model)["rate"]

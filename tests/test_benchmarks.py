@@ -1,11 +1,15 @@
 import json
 import subprocess
+import time
+from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
-from benchmarks import common, overhead, start, step
+from benchmarks import common, gpu, overhead, start, step, time_to_accuracy
 from benchmarks import input as input_benchmark
 from benchmarks.peers import __main__ as peers
+from utils import Epoch, History
 
 
 def result_of(module, folder, *flags):
@@ -70,14 +74,13 @@ def test_start_sees_what_an_import_brings_in(tmp_path, monkeypatch):
 
 def test_the_first_update_of_a_command_is_seen_and_a_failing_command_is_no_time():
     assert start.first_step("--recipe", "demo", "--width", "4", "--lr", "0.01") > 0
-    with pytest.raises(RuntimeError, match="unknown model"):
-        start.first_step("--model", "vgg")
+    with pytest.raises(RuntimeError, match="exit code 1: no"):
+        start.seconds_of("raise SystemExit('no')")
 
 
 def test_peers_make_the_same_updates_from_the_same_weights(tmp_path):
-    names = ["the course's loop", "plain loop"]
-    result = result_of(peers, tmp_path, "--only", *names)
-    check(result, [*names, "ours"], [f"ours / {name}" for name in names])
+    result = result_of(peers, tmp_path, "--only", "plain loop")
+    check(result, ["plain loop", "ours"], ["ours / plain loop"])
     losses = [float(row["columns"]["loss"]) for row in result["rows"]]
     assert max(losses) - min(losses) < 0.5
 
@@ -129,3 +132,143 @@ def test_a_claim_is_met_by_its_median():
 )
 def test_numbers_keep_the_digits_that_count(value, text):
     assert common.quantity(value) == text
+
+
+# Time to accuracy
+
+
+@pytest.fixture
+def fake_main(monkeypatch, tmp_path):
+    """main.py as a function: two epochs, 50 % in the second; exit codes from a list, then 0."""
+    calls, codes = [], []
+    row = {"epoch": 1, "lr": 0.1, "train_loss": 1.0, "train_accuracy": 0.5, "images_per_second": 1.0}
+    first = Epoch(**row, test_loss=1.0, test_accuracy=0.4, seconds=3.0)
+
+    def call_main(flags, log, deadline):
+        calls.append(flags)
+        folder = Path(flags[flags.index("--output") + 1])
+        (folder / "checkpoints").mkdir(parents=True, exist_ok=True)
+        History([first, replace(first, epoch=2, test_accuracy=0.5)]).save(folder)
+        return codes.pop(0) if codes else 0, "test accuracy 50.00% of 1,000 images\n"
+
+    monkeypatch.setattr(time_to_accuracy, "call_main", call_main)
+    monkeypatch.setattr(time_to_accuracy, "RUNS", tmp_path / "runs")
+    return calls, codes
+
+
+def record_in(folder):
+    """The one record that was written."""
+    (path,) = (folder / "accuracy").glob("*.json")
+    return json.loads(path.read_text())
+
+
+def seeds_of(calls):
+    """The seeds that were run."""
+    return [flags[flags.index("--seed") + 1] for flags in calls]
+
+
+def test_a_seed_that_is_done_is_not_run_again(fake_main, tmp_path, capsys):
+    command = ["--recipe", "quick", "--output", str(tmp_path), "--target", "0.45", "--epochs", "2"]
+    time_to_accuracy.main([*command, "--seeds", "1"])
+    time_to_accuracy.main([*command, "--seeds", "3"])
+    assert seeds_of(fake_main[0]) == ["0", "1", "2"]
+    record = record_in(tmp_path)
+    assert (record["seeds"], record["accuracies"], record["deviation"]) == ([0, 1, 2], [0.5] * 3, 0.0)
+    assert (record["epochs"], record["training_seconds"], record["epoch_seconds"]) == (2, 6.0, 3.0)
+    assert "45.00% after epoch 2, 6.0 s" in capsys.readouterr().out
+    assert not list(tmp_path.glob("runs/*/checkpoints"))
+
+
+def test_a_seed_that_was_stopped_is_resumed_and_its_time_added_up(fake_main, tmp_path, capsys):
+    calls, codes = fake_main
+    codes.append(time_to_accuracy.STOPPED[0])
+    command = ["--recipe", "quick", "--seeds", "1", "--output", str(tmp_path)]
+    time_to_accuracy.main(command)
+    assert "the same command goes on" in capsys.readouterr().out
+    assert record_in(tmp_path)["mean"] is None
+    time_to_accuracy.main(command)
+    assert len(calls) == 2 and calls[0] == calls[1] and "--resume" in calls[1]
+    (run,) = record_in(tmp_path)["runs"]
+    assert len(run["pieces"]) == 2 and run["command_seconds"] == round(sum(run["pieces"]), 2)
+
+
+def test_a_run_that_fails_is_an_error_and_no_result(fake_main, tmp_path):
+    fake_main[1].append(1)
+    with pytest.raises(RuntimeError, match="quick, seed 0: exit code 1"):
+        time_to_accuracy.main(["--recipe", "quick", "--output", str(tmp_path)])
+
+
+def test_a_real_command_is_measured_and_one_over_its_time_is_stopped(tmp_path, monkeypatch):
+    monkeypatch.setattr(time_to_accuracy, "RUNS", tmp_path / "runs")
+    assert not time_to_accuracy.run_seed("demo", 0, gpu.TINY, tmp_path, time.monotonic())
+    assert time_to_accuracy.run_seed("demo", 0, gpu.TINY, tmp_path)
+    record = json.loads(next(tmp_path.glob("*.json")).read_text())
+    assert record["runs"][0]["images"] == 32 and record["parameters"] == 26350
+    assert len(record["runs"][0]["pieces"]) == 2
+
+
+def test_accuracy_is_shown_with_its_deviation_and_number_of_seeds():
+    run = {"accuracy": 0.94, "training_seconds": 80.0, "command_seconds": None, "epoch_seconds": [4.0]}
+    record = {
+        "model": "custom_resnet",
+        "width": 64,
+        "parameters": 6573130,
+        "epochs": 24,
+        "machine": "a machine",
+        "command": "python main.py",
+        "runs": [run | {"seed": 1}, run | {"seed": 0, "accuracy": 0.942}, {"seed": 2, "accuracy": None}],
+    }
+    text = time_to_accuracy.render([time_to_accuracy.summarize(record)])
+    assert "| 6,573,130 | 24 | 94.10 ± 0.14 % (2) | 80.00 |  | a machine | `python main.py` |" in text
+
+
+# The programme for a GPU
+
+
+def test_the_programme_for_a_gpu_does_everything_once_and_names_what_failed(fake_main, tmp_path, capsys):
+    command = ["--smoke", "--device", "cpu", "--rounds", "1", "--seeds", "2", "--output", str(tmp_path)]
+    assert gpu.main(command) == 0
+    known = [recipe for recipe in gpu.RECIPE_ORDER if recipe in gpu.RECIPES]
+    assert seeds_of(fake_main[0]) == ["0"] * len(known) + ["1"] * len(known)
+    names = ["compile-32", "compile-64", "speed-32", "speed-64"]
+    assert sorted(path.stem for path in tmp_path.glob("gpu/*/*.json")) == names
+    assert [path.stem for path in tmp_path.glob("gpu/*/*.failed")] == ["synchronisations"]
+    fake_main[0].clear()
+    capsys.readouterr()
+    assert gpu.main(command) == 0
+    assert not fake_main[0]
+    assert "begun" not in capsys.readouterr().out
+
+
+def test_the_programme_for_a_gpu_stops_in_time_and_says_so(fake_main, tmp_path, monkeypatch):
+    calls, codes = fake_main
+    command = ["--smoke", "--device", "cpu", "--output", str(tmp_path)]
+    assert gpu.main([*command, "--minutes", "0"]) == gpu.UNFINISHED
+    assert not calls
+    codes.append(time_to_accuracy.STOPPED[0])
+    assert gpu.main(command) == gpu.UNFINISHED
+    assert len(calls) == 1
+
+
+def test_a_recipe_that_is_not_there_is_left_out_by_name(fake_main, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(gpu, "RECIPE_ORDER", ("no_such_recipe", "quick"))
+    monkeypatch.setattr(gpu, "run_measurements", lambda bench, deadline: True)
+    gpu.main(["--smoke", "--device", "cpu", "--seeds", "1", "--output", str(tmp_path)])
+    assert "no_such_recipe: config.py has no such recipe" in capsys.readouterr().out
+    assert len(fake_main[0]) == 1
+
+
+@pytest.mark.parametrize(
+    ("name", "peak"),
+    [
+        ("Tesla T4", 65e12),
+        ("NVIDIA A100-SXM4-80GB", 312e12),
+        ("NVIDIA H100 80GB HBM3", 989e12),
+        ("NVIDIA H200", 989e12),
+        ("NVIDIA L4", 121e12),
+        ("NVIDIA L40S", None),  # not an L4
+    ],
+)
+def test_the_peak_is_that_of_the_gpu_by_its_name(monkeypatch, name, peak):
+    monkeypatch.setattr(gpu.torch.cuda, "get_device_name", lambda device: name)
+    assert gpu.peak_of(gpu.torch.device("cuda")) == peak

@@ -15,9 +15,41 @@ STD = (0.24703223, 0.24348513, 0.26158784)
 LR = 1e-3  # Adam's own; the same for all, so that the losses can be compared
 
 
-@dataclass
-class Job:
-    """One measurement: `warmup` updates, then `steps` that count.
+@dataclass(kw_only=True)
+class Clock:
+    """Times `steps` updates after a warm-up; it can stand where a loop steps its scheduler."""
+
+    steps: int
+    device: torch.device = torch.device("cpu")
+    warmup: int = 1
+    done: int = 0
+    marks: list[float] = field(default_factory=list)
+
+    @property
+    def updates(self) -> int:
+        """How many updates to make."""
+        return self.warmup + self.steps
+
+    def mark(self) -> None:
+        """To be called after every update; reads the clock after the warm-up and at the end."""
+        self.done += 1
+        if self.done in (self.warmup, self.updates):
+            if self.device.type == "cuda":
+                torch.cuda.synchronize()
+            self.marks.append(time.perf_counter())
+
+    step = mark
+
+    @property
+    def seconds(self) -> float:
+        """Of the updates that count."""
+        begin, end = self.marks
+        return end - begin
+
+
+@dataclass(kw_only=True)
+class Job(Clock):
+    """One measurement of one peer.
 
     Args:
         images, labels: uint8 (N, 32, 32, 3) and int64 (N,).
@@ -29,15 +61,10 @@ class Job:
     labels: np.ndarray
     width: int
     batch: int
-    steps: int
     precision: str
     folder: Path
-    device: torch.device = torch.device("cpu")
     workers: int = 2
-    warmup: int = 1
     note: str = ""  # the peer's settings
-    done: int = 0
-    marks: list[float] = field(default_factory=list)
 
     def make_model(self) -> CustomResNet:
         """The network, with the same weights for everyone."""
@@ -45,30 +72,14 @@ class Job:
         return CustomResNet(width=self.width)
 
     @property
-    def updates(self) -> int:
-        """How many updates to make."""
-        return self.warmup + self.steps
-
-    @property
     def needed(self) -> int:
         """How many images that takes."""
         return self.updates * self.batch
 
-    def mark(self) -> None:
-        """To be called after every update; reads the clock after the warm-up and at the end."""
-        self.done += 1
-        if self.done in (self.warmup, self.updates):
-            if self.device.type == "cuda":
-                torch.cuda.synchronize()
-            self.marks.append(time.perf_counter())
-
-    step = mark  # to stand where a loop steps its scheduler
-
     def result(self, model: torch.nn.Module) -> dict:
         """Images a second, updates made, and how well the first images are fitted."""
-        begin, end = self.marks
         return {
-            "rate": self.steps * self.batch / (end - begin),
+            "rate": self.steps * self.batch / self.seconds,
             "updates": self.done,
             "loss": self.loss(model),
             "note": self.note,

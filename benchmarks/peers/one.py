@@ -29,7 +29,7 @@ def main() -> None:
     torch.set_num_threads(given.pop("threads"))
     name, folder = given.pop("name"), given["folder"]
     images, labels = np.load(folder / "images.npy"), np.load(folder / "labels.npy")
-    job = Job(images, labels, **given | {"device": torch.device(given["device"])})
+    job = Job(images=images, labels=labels, **given | {"device": torch.device(given["device"])})
     model = importlib.import_module(f"benchmarks.peers.{name}").fit(job)
     version = metadata.version(name.removeprefix("with_")) if name.startswith("with_") else ""
     (folder / f"{name}.json").write_text(json.dumps(job.result(model) | {"version": version}))

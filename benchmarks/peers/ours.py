@@ -18,7 +18,7 @@ def fit(job: Job) -> nn.Module:
     )
     dtype = pick_precision(job.precision, job.device)
     job.note = f"{str(dtype).removeprefix('torch.')}, channels-last"
-    model = job.make_model()
+    model = job.make_model().to(job.device)
     optimizer = make_optimizer("adam", model, LR)
     train(model, job.device, loader, optimizer, job, max_batches=job.updates)
     return model

@@ -1,0 +1,286 @@
+"""GPU: the whole programme on a machine with CUDA, in pieces, the most valuable first.
+
+until python -m benchmarks.gpu --minutes 9; do [ $? = 3 ] || break; done
+
+Accuracy of every recipe with one seed, then with more; speed of a step, and how much of the GPU's peak
+that is; synchronisations within an epoch; torch.compile. Every result is written as it comes. The exit
+code is 3 if the time was up before the end: the same command goes on. A failure is written too, and
+passed over.
+"""
+
+import argparse
+import json
+import sys
+import time
+import traceback
+import warnings
+from collections import Counter
+from collections.abc import Callable, Iterator
+from itertools import islice
+from pathlib import Path
+
+import torch
+
+from benchmarks import common, time_to_accuracy
+from benchmarks.peers.job import Clock
+from config import RECIPES, Config
+from data import load_split, make_loader
+from files import write_whole
+from main import make_optimizer, train
+from models import make_model
+from transforms import train_transform
+from utils import get_device
+
+RECIPE_ORDER = ("speedrun", "custom_resnet_best", "custom_resnet", "resnet18", "resnet34")
+MULTIPLY_ADDS = {
+    "custom_resnet": 379.27e6,
+    "resnet18": 555.42e6,
+    "resnet34": 1159.40e6,
+}  # an image, 32 px
+# Dense TFLOP/s in bf16, or fp16 where there is no bf16, as the makers state them.
+PEAKS = {"T4": 65, "L4": 121, "V100": 125, "A100": 312, "H100": 989, "H200": 989}
+LEAST = 120  # seconds that must be left to begin a measurement
+TINY = (
+    "--dataset cifar10-sample --width 4 --batch-size 32 --epochs 1 --max-train-batches 2 "
+    "--max-test-batches 1 --lr 0.01"
+).split()
+UNFINISHED = 3  # exit code
+
+
+def peak_of(device: torch.device) -> float | None:
+    """The FLOP/s that a GPU's maker states, or None if it is not in the table."""
+    if device.type != "cuda":
+        return None
+    words = torch.cuda.get_device_name(device).replace("-", " ").split()
+    return next((1e12 * PEAKS[word] for word in words if word in PEAKS), None)
+
+
+class Bench:
+    """The device, the images and the sizes that the measurements share."""
+
+    def __init__(self, given):
+        self.given, self.device, self.smoke = given, get_device(given.device), given.smoke
+        given.device = str(self.device)
+        # An epoch has 48 batches of 1,024.
+        self.steps, self.warmup, self.width = (2, 1, 4) if self.smoke else (36, 10, 64)
+        machine = common.machine_facts(given.device)["machine"]
+        self.folder = common.result_folder(given) / "gpu" / time_to_accuracy.slug(machine)
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self.split = None
+
+    def loader(self, batch: int):
+        """The loader of a run with whole batches; the images are read once."""
+        if self.split is None:
+            self.split = load_split("cifar10-sample" if self.smoke else "cifar10", "train")
+        config = Config(batch_size=batch)
+        return make_loader(self.split, train_transform(), self.device, config, shuffle=True)
+
+    def model(self, name: str = "custom_resnet"):
+        """A network with the same weights every time, on the device, in channels-last memory."""
+        torch.manual_seed(0)
+        model = make_model(name, width=self.width)
+        return model.to(self.device, memory_format=torch.channels_last)
+
+    def rate(self, model, loader, batch: int) -> float:
+        """Images a second of `train`, by SGD at a rate that harms nothing."""
+        clock = Clock(steps=self.steps, warmup=self.warmup, device=self.device)
+        optimizer = make_optimizer("sgd", model, 1e-3)
+        train(model, self.device, loader, optimizer, clock, max_batches=clock.updates)
+        return self.steps * batch / clock.seconds
+
+    def loading_seconds(self, loader) -> float:
+        """Seconds that an augmented batch takes when nothing else is done."""
+        clock = Clock(steps=self.steps, warmup=self.warmup, device=self.device)
+        for _ in islice(loader, clock.updates):
+            clock.mark()
+        loader.sampler.set_epoch(1)
+        return clock.seconds / self.steps
+
+    def write(self, name: str, unit: str, rows: list[dict], claims: list[dict], **settings) -> None:
+        """Write one measurement to its file, and print it."""
+        result = common.make_result("gpu", unit, rows, claims, self.given, **settings)
+        write_whole(self.folder / f"{name}.json", json.dumps(result, indent=1) + "\n")
+        print(common.render(result), flush=True)
+
+
+def measure_speed(bench: Bench, name: str, batch: int) -> None:
+    """Images a second of each network, how much of the peak that is, and what augmentation takes."""
+    peak, rows, claims = peak_of(bench.device), [], []
+    loader = bench.loader(batch)
+    for network, adds in MULTIPLY_ADDS.items():
+        model = bench.model(network)
+        both = {
+            "rate": lambda model=model: bench.rate(model, loader, batch),
+            "load": lambda: bench.loading_seconds(loader),
+        }
+        found = common.measure(both, bench.given.rounds)
+        flops = [6 * adds * rate for rate in found["rate"]]  # 2 a multiply-add, forward and twice back
+        shares = [f / peak for f in flops] if peak and bench.width == 64 else []
+        share = f"{common.spread(shares)['median']:.1%}" if shares else "not known"
+        rows.append(common.make_row(f"{network}, batch {batch}", found["rate"], **{"of peak": share}))
+        loads = [
+            seconds * rate / batch for seconds, rate in zip(found["load"], found["rate"], strict=True)
+        ]
+        claims.append(common.make_claim(f"{network}: augmentation / step", loads, 0.02, most=True))
+        if shares:
+            aim = 0.45 if network == "custom_resnet" else None
+            claims.append(common.make_claim(f"{network}: FLOP/s / peak", shares, aim))
+    bench.write(name, "images/s", rows, claims, batch=batch)
+
+
+class Watch:
+    """Stands in for a scheduler: between its first and its last step synchronisations are warned of."""
+
+    def __init__(self, steps: int):
+        self.left = self.steps = steps
+
+    def step(self) -> None:
+        """One update is done."""
+        if self.left == self.steps:
+            torch.cuda.set_sync_debug_mode("warn")
+        self.left -= 1
+        if not self.left:
+            torch.cuda.set_sync_debug_mode("default")
+
+
+def measure_synchronisations(bench: Bench, name: str) -> None:
+    """How often an update waits for the GPU, and in which lines."""
+    if bench.device.type != "cuda":
+        raise ValueError(f"{bench.device} has no synchronisations to count")
+    loader, model = bench.loader(512), bench.model()
+    optimizer = make_optimizer("adam", model)
+    train(model, bench.device, loader, optimizer, max_batches=3)
+    watch = Watch(bench.steps + 1)
+    with warnings.catch_warnings(record=True) as seen:
+        warnings.simplefilter("always")
+        try:
+            train(model, bench.device, loader, optimizer, watch, max_batches=watch.steps)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+    seen = [warning for warning in seen if "called a synchronizing" in str(warning.message)]
+    places = Counter(f"{Path(warning.filename).name}:{warning.lineno}" for warning in seen)
+    rows = [common.make_row(place, [float(n)]) for place, n in places.items()]
+    count = [len(seen) / bench.steps]
+    rows = rows or [common.make_row("nowhere", [0.0])]
+    claim = common.make_claim("synchronisations / update", count, 0, most=True)
+    bench.write(name, f"synchronisations in {bench.steps} updates", rows, [claim])
+
+
+def measure_compile(bench: Bench, name: str, batch: int) -> None:
+    """Images a second with and without torch.compile; a mode that fails is named and left out."""
+    loader = bench.loader(batch)
+    modes = {"compiled": {}, "compiled with CUDA graphs": {"mode": "reduce-overhead"}}
+    if bench.smoke:
+        modes = {"compiled": {"backend": "eager"}}  # Dynamo alone: no C++ compiler needed
+    variants, failures = {"eager": bench.model()}, []
+    for mode, options in modes.items():
+        model = torch.compile(bench.model(), **options)
+        try:
+            bench.rate(model, loader, batch)
+            variants[mode] = model
+        except Exception as error:  # whatever a compiler raises
+            failures.append(f"{mode}: {' '.join(str(error).split())[:200]}")
+    calls = {
+        mode: lambda model=model: bench.rate(model, loader, batch) for mode, model in variants.items()
+    }
+    found = common.measure(calls, bench.given.rounds)
+    rows = [common.make_row(f"{mode}, batch {batch}", rates) for mode, rates in found.items()]
+    claims = [
+        common.make_claim(f"{mode} / eager", common.ratios(rates, found["eager"]))
+        for mode, rates in found.items()
+        if mode != "eager"
+    ]
+    bench.write(name, "images/s", rows, claims, batch=batch, failures=failures)
+
+
+def measurements(bench: Bench) -> Iterator[tuple[str, Callable[[], None]]]:
+    """Name and function of each measurement, in their order."""
+    batches = (32, 64) if bench.smoke else (512, 1024)
+    for batch in batches:
+        yield f"speed-{batch}", lambda name, batch=batch: measure_speed(bench, name, batch)
+    yield "synchronisations", lambda name: measure_synchronisations(bench, name)
+    for batch in batches:
+        yield f"compile-{batch}", lambda name, batch=batch: measure_compile(bench, name, batch)
+
+
+def attempt(name: str, folder: Path, call: Callable[[], bool]) -> bool:
+    """Whether a piece is over: done, or failed now or before, of which a file tells."""
+    failed = folder / f"{name}.failed"
+    if failed.exists():
+        print(f"{name}: failed before; remove {failed} to try it again")
+        return True
+    begin = time.monotonic()
+    print(f"{name}: begun {time.strftime('%H:%M:%S')}", flush=True)
+    try:
+        over = call()
+    except Exception as error:  # the programme goes on, whatever it is
+        write_whole(failed, "".join(traceback.format_exception(error)))
+        print(f"{name}: failed: {error}", flush=True)
+        return True
+    words = "done" if over else "to be continued"
+    print(f"{name}: {words} after {time.monotonic() - begin:.0f} s", flush=True)
+    return over
+
+
+def run_recipes(bench: Bench, seeds: range, deadline: float) -> bool:
+    """Some seeds of every recipe, the first seed of each first; whether all are over."""
+    flags = TINY if bench.smoke else []
+    flags = flags + (["--device", bench.given.device] if bench.device.type != "cuda" else [])
+    folder = common.result_folder(bench.given) / "accuracy"
+    for seed in seeds:
+        for recipe in RECIPE_ORDER:
+            if recipe not in RECIPES:
+                print(f"{recipe}: config.py has no such recipe; left out")
+                continue
+            record = time_to_accuracy.open_record(recipe, flags, folder)[1]
+            if time_to_accuracy.run_of(record, seed)["accuracy"] is not None:
+                continue
+            if time.monotonic() > deadline:
+                return False
+
+            def call(recipe=recipe, seed=seed) -> bool:
+                return time_to_accuracy.run_seed(recipe, seed, flags, folder, deadline)
+
+            if not attempt(f"{recipe}-seed-{seed}", bench.folder, call):
+                return False
+    return True
+
+
+def run_measurements(bench: Bench, deadline: float) -> bool:
+    """What has no file yet; whether all are over."""
+    for name, call in measurements(bench):
+        if (bench.folder / f"{name}.json").exists():
+            continue
+        if time.monotonic() > deadline - (0 if bench.smoke else LEAST):
+            return False
+        attempt(name, bench.folder, lambda name=name, call=call: (call(name), True)[1])
+    return True
+
+
+def make_parser() -> argparse.ArgumentParser:
+    """The flags."""
+    parser = common.make_parser(__doc__, rounds=5)
+    parser.add_argument("--device", default="auto", help="(default: auto)")
+    parser.add_argument("--minutes", type=float, default=9, help="that a call may take (default: 9)")
+    parser.add_argument("--seeds", type=int, default=5, help="of each recipe (default: 5)")
+    return parser
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Do what is left of the programme; `UNFINISHED` if the time was up first."""
+    given = make_parser().parse_args(argv)
+    # A run that is told to stop writes a checkpoint first: half a minute for that and for the imports.
+    deadline = time.monotonic() + 60 * given.minutes - (0 if given.smoke else 30)
+    bench = Bench(given)
+    print(f"{common.machine_facts(given.device)['machine']}, results in {bench.folder}", flush=True)
+    over = (
+        run_recipes(bench, range(1), deadline)
+        and run_recipes(bench, range(1, given.seeds), deadline)
+        and run_measurements(bench, deadline)
+    )
+    print("all is done" if over else "time is up: the same command goes on")
+    return 0 if over else UNFINISHED
+
+
+if __name__ == "__main__":
+    sys.exit(main())
