@@ -1,7 +1,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test battery audit
+.PHONY: demo test battery bench audit
 
 demo: .venv/run
 	$(BIN)/python main.py --recipe demo
@@ -13,6 +13,9 @@ test: .venv/dev
 
 battery: .venv/dev
 	$(BIN)/python -m tests.battery
+
+bench: .venv/run
+	for name in input step overhead start peers tables; do $(BIN)/python -m benchmarks.$$name || exit 1; done
 
 # pip-audit alone says "no known vulnerabilities" when it could look nothing up: hence --strict.
 audit: .venv/dev

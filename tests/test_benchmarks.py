@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import common, gpu, overhead, start, step, time_to_accuracy
+from benchmarks import common, gpu, overhead, start, step, tables, time_to_accuracy
 from benchmarks import input as input_benchmark
 from benchmarks.peers import __main__ as peers
 from utils import Epoch, History
@@ -272,3 +272,45 @@ def test_a_recipe_that_is_not_there_is_left_out_by_name(fake_main, tmp_path, mon
 def test_the_peak_is_that_of_the_gpu_by_its_name(monkeypatch, name, peak):
     monkeypatch.setattr(gpu.torch.cuda, "get_device_name", lambda device: name)
     assert gpu.peak_of(gpu.torch.device("cuda")) == peak
+
+
+# Tables
+
+
+def test_the_tables_in_the_readme_are_what_the_results_say():
+    text = tables.README.read_text(encoding="utf-8")
+    assert {"input", "step", "overhead", "start", "peers"} <= {
+        name for _, name, _ in tables.MARKERS.findall(text)
+    }
+    assert text == tables.fill(text)
+
+
+def test_a_table_comes_from_its_file_and_leaves_the_rest_of_the_text_alone(tmp_path):
+    text = "before\n<!-- bench:step -->\nold\n<!-- end -->\n"
+    text += "between\n<!-- bench:peers -->\n<!-- end -->\nafter"
+    result = result_of(step, tmp_path)
+    (tmp_path / "step.json").write_text(json.dumps(result | {"smoke": False}))
+    filled = tables.fill(text, tmp_path)
+    assert "old" not in filled
+    assert filled.startswith(
+        f"before\n<!-- bench:step -->\n{common.render(result)}\n<!-- end -->\nbetween\n"
+    )
+    assert filled.endswith("\nNot measured yet: `python -m benchmarks.peers`.\n<!-- end -->\nafter")
+    assert tables.fill(filled, tmp_path) == filled
+
+
+def test_a_result_of_tiny_settings_is_refused(tmp_path):
+    result_of(step, tmp_path)
+    with pytest.raises(ValueError, match="tiny settings"):
+        tables.table_of("step", tmp_path)
+
+
+def test_the_accuracy_table_has_a_row_for_every_recipe_that_has_a_seed_done(fake_main, tmp_path):
+    assert tables.table_of("accuracy", tmp_path) == "Not measured yet."
+    for recipe in ("resnet18", "quick"):
+        time_to_accuracy.main(["--recipe", recipe, "--seeds", "2", "--output", str(tmp_path)])
+    fake_main[1].append(time_to_accuracy.STOPPED[0])
+    time_to_accuracy.main(["--recipe", "resnet34", "--output", str(tmp_path)])
+    lines = tables.table_of("accuracy", tmp_path).splitlines()[2:]
+    assert [line.rpartition("`")[0].rpartition(" ")[2] for line in lines] == ["quick", "resnet18"]
+    assert all("50.00 ± 0.00 % (2)" in line for line in lines)

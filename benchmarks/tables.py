@@ -1,0 +1,51 @@
+"""Tables: puts the results into the README, between markers, so that no number is typed.
+
+python -m benchmarks.tables
+
+`<!-- bench:NAME -->` and `<!-- end -->` enclose what benchmarks/results/NAME.json holds; between
+`<!-- bench:accuracy -->` and its end are all files of benchmarks/results/accuracy.
+"""
+
+import re
+from pathlib import Path
+
+from benchmarks import common, time_to_accuracy
+from files import write_whole
+
+README = common.ROOT / "README.md"
+MARKERS = re.compile(r"(<!-- bench:(\S+) -->\n).*?(<!-- end -->)", re.DOTALL)
+
+
+def table_of(name: str, folder: Path) -> str:
+    """A marker's table, or a line that says that there is none yet.
+
+    Raises:
+        ValueError: the result is of tiny settings.
+    """
+    if name == "accuracy":
+        paths = sorted((folder / name).glob("*.json"))
+        records = [record for record in map(common.read_json, paths) if record["mean"] is not None]
+        records.sort(key=lambda record: (record["parameters"], record["command"], record["machine"]))
+        return time_to_accuracy.render(records) if records else "Not measured yet."
+    path = folder / f"{name}.json"
+    if not path.exists():
+        return f"Not measured yet: `python -m benchmarks.{name}`."
+    result = common.read_json(path)
+    if result["smoke"]:
+        raise ValueError(f"{path} was measured with tiny settings")
+    return common.render(result)
+
+
+def fill(text: str, folder: Path = common.RESULTS) -> str:
+    """A text with every marker's table made anew."""
+    return MARKERS.sub(lambda found: f"{found[1]}{table_of(found[2], folder)}\n{found[3]}", text)
+
+
+def main() -> None:
+    """Write the README with its tables."""
+    write_whole(README, fill(README.read_text(encoding="utf-8")))
+    print(f"the tables in {README.name} are those of {common.RESULTS.relative_to(common.ROOT)}")
+
+
+if __name__ == "__main__":
+    main()
