@@ -17,10 +17,11 @@ ROOT = Path(__file__).parents[1]
 RESULTS = Path(__file__).parent / "results"
 
 
-def make_parser(doc: str, rounds: int) -> argparse.ArgumentParser:
-    """The flags that every benchmark has; `rounds` is how often each variant is measured."""
+def make_parser(doc: str, rounds: int | None = None) -> argparse.ArgumentParser:
+    """The flags that benchmarks share; `rounds`, where there are any, is their number by default."""
     parser = argparse.ArgumentParser(description=doc.partition("\n")[0])
-    parser.add_argument("--rounds", type=int, default=rounds, help="(default: %(default)s)")
+    if rounds is not None:
+        parser.add_argument("--rounds", type=int, default=rounds, help="(default: %(default)s)")
     parser.add_argument("--smoke", action="store_true", help="tiny settings: see that it works")
     parser.add_argument("--output", type=Path, help="folder for the JSON (default: benchmarks/results)")
     return parser

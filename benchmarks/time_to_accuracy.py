@@ -200,7 +200,7 @@ def render(records: list[dict]) -> str:
 
 def main(argv: list[str] | None = None) -> None:
     """Run the seeds that are missing, and print the table."""
-    parser = common.make_parser(__doc__, rounds=1)
+    parser = common.make_parser(__doc__)
     parser.add_argument("--recipe", required=True, choices=RECIPES)
     parser.add_argument("--seeds", type=int, default=5, help="how many, from 0 (default: 5)")
     parser.add_argument("--minutes", type=float, help="stop after so many, to go on another time")

@@ -258,6 +258,17 @@ def test_a_recipe_that_is_not_there_is_left_out_by_name(fake_main, tmp_path, mon
     assert len(fake_main[0]) == 1
 
 
+def test_synchronisations_are_watched_from_the_first_update_to_the_last(monkeypatch):
+    modes = []
+    monkeypatch.setattr(gpu.torch.cuda, "set_sync_debug_mode", modes.append)
+    watch = gpu.Watch(3)
+    watch.step()
+    watch.step()
+    assert modes == ["warn"]
+    watch.step()
+    assert modes == ["warn", "default"]
+
+
 @pytest.mark.parametrize(
     ("name", "peak"),
     [
