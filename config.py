@@ -21,10 +21,22 @@ CHOICES = {
     "precision": ("auto", "fp32", "bf16", "fp16"),
 }
 
+BEST = {
+    "optimizer": "sgd",
+    "lr": 0.4,  # with the decay and logits times 1/8 (head_rate 1/64), as Page trains this network
+    "weight_decay": 5e-4,
+    "head_rate": 1 / 64,
+    "label_smoothing": 0.1,
+    "average": 0.99,
+}
 # A recipe is a diff from the defaults. Measured on two cores of an AMD EPYC with bf16, seed 0.
 RECIPES = {
     # The exercise as written. 3.5 minutes an epoch: 24 want a GPU, where they are not measured yet.
     "custom_resnet": {},
+    # The same network and 24 epochs, everything else tuned.
+    "custom_resnet_best": BEST,
+    # As few epochs as 94 % takes, judged with mirrored test images; for a GPU, not measured yet.
+    "speedrun": {**BEST, "epochs": 14, "peak_epoch": 3, "tta": True},
     # 20 epochs, for a GPU; not measured yet.
     "resnet18": {"model": "resnet18", "epochs": 20, "cutout": 16},
     "resnet34": {"model": "resnet34", "epochs": 20, "cutout": 16},

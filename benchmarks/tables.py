@@ -3,7 +3,8 @@
 python -m benchmarks.tables
 
 `<!-- bench:NAME -->` and `<!-- end -->` enclose what benchmarks/results/NAME.json holds; between
-`<!-- bench:accuracy -->` and its end are all files of benchmarks/results/accuracy.
+`<!-- bench:accuracy -->` and its end are all files of benchmarks/results/accuracy, between
+`<!-- bench:battery -->` and its end what `make battery` wrote.
 """
 
 import re
@@ -11,6 +12,7 @@ from pathlib import Path
 
 from benchmarks import common, time_to_accuracy
 from files import write_whole
+from tests.battery import __main__ as battery
 
 README = common.ROOT / "README.md"
 MARKERS = re.compile(r"(<!-- bench:(\S+) -->\n).*?(<!-- end -->)", re.DOTALL)
@@ -27,6 +29,8 @@ def table_of(name: str, folder: Path) -> str:
         records = [record for record in map(common.read_json, paths) if record["mean"] is not None]
         records.sort(key=lambda record: (record["parameters"], record["command"], record["machine"]))
         return time_to_accuracy.render(records) if records else "Not measured yet."
+    if name == "battery":
+        return battery.render(common.read_json(battery.RESULTS))
     path = folder / f"{name}.json"
     if not path.exists():
         return f"Not measured yet: `python -m benchmarks.{name}`."

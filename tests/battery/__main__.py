@@ -644,12 +644,19 @@ def ignored_label() -> tuple[float, bool]:
     return loss, False
 
 
-def show(rows: list[Row]) -> None:
-    """The table, as Markdown."""
-    print("\n| fault | tried | landed | losses | the same without the guard |\n|---|---:|---:|---:|---|")
-    for row in rows:
-        note = f" ({row.note})" if row.note else ""
-        print(f"| {row.fault}{note} | {row.tried:,} | {row.landed:,} | {row.losses} | {row.control} |")
+def render(results: dict) -> str:
+    """What results.json holds, as Markdown."""
+    lines = [
+        "| fault | tried | landed | losses | the same without the guard |",
+        "|---|---:|---:|---:|---|",
+    ]
+    for row in results["rows"]:
+        fault = row["fault"] + f" ({row['note']})" * bool(row["note"])
+        numbers = f"{row['tried']:,} | {row['landed']:,} | {row['losses']}"
+        lines.append(f"| {fault} | {numbers} | {row['control']} |")
+    versions = ", ".join(results["versions"].split(", ")[:2])
+    lines += ["", f"{results['machine']}; {versions}; {results['minutes']:.0f} minutes; `make battery`"]
+    return "\n".join(lines)
 
 
 def battery() -> int:
@@ -678,13 +685,10 @@ def battery() -> int:
                 f"{'held' if row.held else 'BROKEN':>7}  {row.seconds:>7.1f} s  {row.fault}", flush=True
             )
         rows += found
-    show(rows)
     minutes = (time.monotonic() - began) / 60
-    machine = utils.environment(CPU)
-    RESULTS.write_text(
-        json.dumps({**machine, "minutes": minutes, "rows": [asdict(r) for r in rows]}, indent=1)
-    )
-    print(f"\n{minutes:.1f} minutes on {machine['machine']}; {RESULTS.relative_to(ROOT)}")
+    results = {**utils.environment(CPU), "minutes": minutes, "rows": [asdict(row) for row in rows]}
+    RESULTS.write_text(json.dumps(results, indent=1) + "\n")
+    print(f"\n{render(results)}\n\nwritten to {RESULTS.relative_to(ROOT)}")
     return 0 if all(row.held for row in rows) else 1
 
 
