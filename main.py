@@ -192,11 +192,10 @@ def train_step(
 def skips_on_device(optimizer) -> bool:
     """Whether an update can be left out without waiting for the device to say so.
 
-    PyTorch's fused optimizers can, by the flag that its gradient scaler sets. A CPU need not be waited
-    for.
+    PyTorch's fused CUDA optimizers can, by the flag that its gradient scaler sets.
     """
-    on_cpu = optimizer.param_groups[0]["params"][0].device.type == "cpu"
-    return getattr(optimizer, "_step_supports_amp_scaling", False) and not on_cpu
+    on_gpu = optimizer.param_groups[0]["params"][0].device.type == "cuda"
+    return on_gpu and getattr(optimizer, "_step_supports_amp_scaling", False)
 
 
 def check_finite(tally: Tally, scaler, lr: float | None = None) -> None:
