@@ -15,9 +15,10 @@ from torch import nn
 
 from config import Config
 from files import lock_folder, reason, unlock_folder, write_whole
-from models import make_model
+from models import MODELS, make_model
 from utils import Epoch, History, Tally, environment
 
+SHIPPED = Path(__file__).parent / "weights"
 KEPT = 2  # checkpoints; one alone could be the one that is being replaced
 DIGEST = 32  # bytes of SHA-256 behind a checkpoint: torch.load itself checks nothing
 
@@ -322,13 +323,16 @@ def digest(tensors: dict[str, torch.Tensor]) -> str:
 def load_weights(path: str | Path) -> tuple[nn.Module, dict]:
     """Build the model that a weights file holds, and return it with the file's card.
 
-    A run folder stands for its weights.safetensors. The file cannot run code; names and shapes must
-    be those of the network that the card names, which is compared before memory is taken for it.
+    A run folder stands for its weights.safetensors, a network's name for the file in weights/. It cannot
+    run code; names and shapes must be those of the network that the card names, which is compared
+    before memory is taken for it.
 
     Raises:
         ValueError: no such file, not a weights file, or tensors that do not fit; one line.
     """
     path = Path(path)
+    if str(path) in MODELS and not path.exists():
+        path = SHIPPED / f"{path}.safetensors"
     path = path / "weights.safetensors" if path.is_dir() else path
     if not path.is_file():
         raise ValueError(f"there is no weights file {path}")

@@ -2,7 +2,7 @@
 
 python main.py --recipe quick              train, and write a report
 python main.py test RUN                    evaluate a run folder or a weights file
-python main.py predict RUN IMAGE...        classes and probabilities of image files
+python main.py predict IMAGE...            classes and probabilities of image files
 python main.py find-lr --recipe quick      the range test alone
 python main.py report RUN                  write a run's report again
 """
@@ -55,6 +55,7 @@ from utils import (
 
 # The stream of random numbers for dropout = f(seed, epoch, step); data.py has the other two.
 DROPOUT = 2
+SHIPPED = "custom_resnet"  # the weights that a command takes if none are named
 CURE = "a lower --lr or --precision fp32 may help"
 
 
@@ -832,10 +833,12 @@ def find_lr_command(argv: list[str]) -> None:
 
 
 def test_command(argv: list[str]) -> None:
-    """main.py test RUN: loss and accuracy of saved weights on their dataset's test images."""
+    """main.py test [RUN]: loss and accuracy of saved weights on their dataset's test images."""
     parser = model_parser("test", "Evaluate a run folder or a weights file.")
+    parser.add_argument("run", nargs="?", help="the same as --weights")
     add_data_flag(parser)
     given = parser.parse_args(argv)
+    given.weights = given.weights or given.run or SHIPPED
     with bad_input_refused():
         model, card, device = read_model(given)
         config = run_config(card, given)
@@ -849,12 +852,21 @@ def test_command(argv: list[str]) -> None:
 
 
 def predict_command(argv: list[str]) -> None:
-    """main.py predict RUN IMAGE...: the most probable classes of image files."""
+    """main.py predict [RUN] IMAGE...: the most probable classes of image files."""
     parser = model_parser("predict", "Classify image files of any size.")
-    parser.add_argument("images", nargs="+", help="image files")
+    parser.add_argument(
+        "images", nargs="+", help="image files, after a run folder or weights file or not"
+    )
     parser.add_argument("--top", type=int, default=3, help="classes to name (default: 3)")
     given = parser.parse_args(argv)
+    if not given.weights and (
+        Path(given.images[0]).is_dir() or given.images[0].endswith(".safetensors")
+    ):
+        given.weights = given.images.pop(0)
+    given.weights = given.weights or SHIPPED
     with bad_input_refused():
+        if not given.images:
+            raise ValueError("which images? give one file or more")
         model, card, device = read_model(given)
         images = np.stack([read_image(path, card["image_size"]) for path in given.images])
     inputs = normalize(images, card["mean"], card["std"])
@@ -867,7 +879,7 @@ def predict_command(argv: list[str]) -> None:
 
 def report_command(argv: list[str]) -> None:
     """main.py report RUN: predict the run's test images and write its report again."""
-    parser = model_parser("report", "Write the report of a run folder again.")
+    parser = model_parser("report", "Write the report of a run folder again.", shipped=False)
     add_data_flag(parser)
     given = parser.parse_args(argv)
     folder = Path(given.weights)
@@ -895,10 +907,14 @@ def check_files(folder: Path) -> None:
             raise ValueError(f"{folder / name} is not what a run writes ({error})") from None
 
 
-def model_parser(command: str, description: str):
-    """The flags that every command with saved weights has."""
+def model_parser(command: str, description: str, shipped: bool = True):
+    """The flags that every command with saved weights has; those in weights/ need not be named."""
     parser = make_parser(f"main.py {command}", description)
-    parser.add_argument("weights", help="run folder or weights file")
+    if shipped:
+        text = f"run folder, weights file, or name of one in weights/ (default: {SHIPPED})"
+        parser.add_argument("--weights", help=text)
+    else:
+        parser.add_argument("weights", metavar="run", help="run folder")
     parser.add_argument("--device", default="auto", help="cpu, cuda, mps (default: auto)")
     parser.add_argument("--precision", choices=CHOICES["precision"], help="(default: the run's)")
     return parser

@@ -543,8 +543,8 @@ BAD = [
     ([*SMOKE, "--device", "tpu"], "there is no device 'tpu'"),
     (["--dataset", "folder", "--data", "nowhere"], "there is no folder nowhere"),
     (["test", "nowhere"], "there is no weights file nowhere"),
-    (["predict", "nowhere", "image.png"], "there is no weights file"),
-    (["predict", "RUN"], "required: images"),
+    (["predict", "--weights", "nowhere", "image.png"], "there is no weights file nowhere"),
+    (["predict", "RUN"], "which images?"),
     (["predict", "RUN", "README.md"], "README.md is no readable image"),
     (["predict", "RUN", "absent.png"], "absent.png is no readable image (No such file"),
     (["test", "README.md"], "README.md is no weights file of this package"),
@@ -555,7 +555,7 @@ BAD = [
     ([*SMOKE, "--output", "README.md/r"], "main.py: README.md/r: Not a directory"),
     ([*SMOKE, "--mirror", "README.md"], "README.md is not a folder"),
     (["--data", "README.md"], "main.py: README.md/cifar-10-batches-bin"),
-    (["test"], "required: weights"),
+    (["report"], "required: run"),
 ]
 
 
