@@ -17,6 +17,7 @@ FLOORS = {
     "visualize": 2,
     "report": 3,
     "main": 4,
+    "hubconf": 5,
 }
 PUBLIC = {
     "config": {"Config", "RECIPES", "parse_config"},

@@ -1,0 +1,69 @@
+"""Offers the networks to `torch.hub.load("OWNER/cifar10", "custom_resnet", pretrained=True)`."""
+
+import contextlib
+import importlib
+import sys
+from pathlib import Path
+
+dependencies = ["torch", "safetensors", "numpy", "scipy", "tqdm"]
+
+_ROOT = Path(__file__).resolve().parent
+
+
+def custom_resnet(pretrained: bool = False, **options):
+    """CustomResNet: 6,573,130 parameters; `options` as in `make_model`."""
+    return _network("custom_resnet", pretrained, options)
+
+
+def resnet18(pretrained: bool = False, **options):
+    """ResNet-18 for 32 x 32 images: 11,173,962 parameters; `options` as in `make_model`."""
+    return _network("resnet18", pretrained, options)
+
+
+def resnet34(pretrained: bool = False, **options):
+    """ResNet-34 for 32 x 32 images: 21,282,122 parameters; `options` as in `make_model`."""
+    return _network("resnet34", pretrained, options)
+
+
+def _network(name: str, pretrained: bool, options: dict):
+    """A network with fresh weights, or with those in weights/: then in eval mode, with its `card`.
+
+    The card names what the weights expect: classes, mean, std and image_size.
+
+    Raises:
+        ValueError: there are no such weights, or `options` asks them to be of another shape.
+    """
+    if not pretrained:
+        with _own_modules():
+            make_model = importlib.import_module("models").make_model
+        return make_model(name, **options)
+    if options:
+        raise ValueError(f"pretrained weights have their own options, not {', '.join(options)}")
+    with _own_modules():
+        load_weights = importlib.import_module("checkpoint").load_weights
+    model, card = load_weights(_ROOT / "weights" / f"{name}.safetensors")
+    model.card = card
+    return model.eval()
+
+
+@contextlib.contextmanager
+def _own_modules():
+    """Import this repository's `models`, `utils` and so on, whoever else has modules of these names.
+
+    Those that were imported before are set aside and put back, and ours are forgotten: neither gets
+    the other's.
+    """
+    ours = {path.stem for path in _ROOT.glob("*.py")} - {"hubconf"} | {"models"}
+
+    def take_out():
+        present = [name for name in sys.modules if name.split(".")[0] in ours]
+        return {name: sys.modules.pop(name) for name in present}
+
+    theirs = take_out()
+    sys.path.insert(0, str(_ROOT))
+    try:
+        yield
+    finally:
+        sys.path.remove(str(_ROOT))
+        take_out()
+        sys.modules.update(theirs)
