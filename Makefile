@@ -1,7 +1,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test battery bench audit
+.PHONY: demo test app test-app battery bench audit
 
 demo: .venv/run
 	$(BIN)/python main.py --recipe demo
@@ -10,6 +10,14 @@ test: .venv/dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/python -m pytest
+
+app: .venv/app
+	$(BIN)/python app.py
+
+# In a real browser: CHROMIUM=/path names one; else the system's, else one that Playwright fetches.
+test-app: .venv/dev .venv/app
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt playwright
+	$(BIN)/python -m pytest tests/test_app.py tests/browser
 
 battery: .venv/dev
 	$(BIN)/python -m tests.battery
@@ -31,4 +39,8 @@ audit: .venv/dev
 
 .venv/dev: .venv/run requirements-dev.txt
 	$(BIN)/pip install --quiet --disable-pip-version-check -r requirements-dev.txt -c constraints.txt
+	touch $@
+
+.venv/app: .venv/run requirements-app.txt
+	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps -r requirements-app.txt -c constraints.txt
 	touch $@

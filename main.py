@@ -258,6 +258,16 @@ def predict(
     return Predictions(logits.softmax(1).cpu().numpy(), labels.cpu().numpy())
 
 
+def predict_images(
+    model: nn.Module, device: torch.device, images: np.ndarray, card: dict, precision: str = "auto"
+) -> np.ndarray:
+    """Class probabilities (N, K) of images uint8 (N, H, W, 3), normalised as a weights' card says."""
+    inputs = normalize(images, card["mean"], card["std"])
+    batch = [(inputs, torch.zeros(len(inputs), dtype=torch.int64))]
+    tta = card.get("config", {}).get("tta", False)
+    return predict(model, device, batch, precision=precision, tta=tta).probabilities
+
+
 def forward_all(model, device, loader, precision: str, max_batches: int | None, tta: bool = False):
     """Logits float32 (N, K) and labels (N,) of a loader, on the device; the model's mode is kept."""
     device = torch.device(device)
@@ -869,10 +879,8 @@ def predict_command(argv: list[str]) -> None:
             raise ValueError("which images? give one file or more")
         model, card, device = read_model(given)
         images = np.stack([read_image(path, card["image_size"]) for path in given.images])
-    inputs = normalize(images, card["mean"], card["std"])
-    batch = [(inputs, torch.zeros(len(inputs), dtype=torch.int64))]
-    predictions = predict(model, device, batch, precision=given.precision or "auto")
-    for path, row in zip(given.images, predictions.probabilities, strict=True):
+    probabilities = predict_images(model, device, images, card, given.precision or "auto")
+    for path, row in zip(given.images, probabilities, strict=True):
         best = np.argsort(-row)[: max(1, given.top)]
         print(f"{path}:", ", ".join(f"{card['classes'][k]} {row[k]:.1%}" for k in best))
 

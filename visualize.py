@@ -8,6 +8,7 @@ import copy
 import itertools
 from collections.abc import Sequence
 
+import cv2
 import matplotlib
 import numpy as np
 import torch
@@ -279,6 +280,20 @@ def gradcam(model: nn.Module, images: Tensor, layer: str, targets: Sequence[int]
     return np.asarray(maps, np.float32)
 
 
+def overlay(image: np.ndarray, heat: np.ndarray, opacity: float = 0.75) -> np.ndarray:
+    """An image under its map: the more evidence, the less of the image is left.
+
+    Args:
+        image: uint8 (H, W, 3).
+        heat: float (h, w) from 0 to 1, scaled to the image.
+        opacity: of the map where it is 1.
+    """
+    heat = cv2.resize(heat, image.shape[1::-1])
+    cover = opacity * heat[..., None]
+    colors = 255 * matplotlib.colormaps["inferno"](heat)[..., :3]
+    return (image * (1 - cover) + colors * cover).round().astype(np.uint8)
+
+
 def check_layer(model: nn.Module, layer: str, image_size: int) -> None:
     """Refuse a layer that Grad-CAM cannot use, and name those that it can."""
     shapes = map_shapes(model, image_size)
@@ -341,8 +356,7 @@ def draw_cams(cells, image, maps, predictions: Predictions, index: int, classes)
     cells[0].imshow(image)
     cells[0].set_title(f"#{index}", fontsize=8.5, pad=3)
     for cell, heat, answer, kind in zip(cells[1:], maps, answers, ("true", "predicted"), strict=True):
-        cell.imshow(image)
-        cell.imshow(heat, cmap="inferno", alpha=0.75 * heat, vmin=0, vmax=1)
+        cell.imshow(overlay(image, heat))
         note = "" if heat.any() else ": no evidence"
         probability = predictions.probabilities[index, answer]
         cell.set_title(f"{kind}{note}\n{classes[answer]} {probability:.0%}", fontsize=8.5, pad=3)

@@ -18,7 +18,9 @@ FLOORS = {
     "report": 3,
     "main": 4,
     "hubconf": 5,
+    "app": 5,
 }
+EXTRAS = {"app"}  # need more than requirements.txt
 PUBLIC = {
     "config": {"Config", "RECIPES", "parse_config"},
     "models": {"MODELS", "make_model", "CustomResNet", "ResNet", "ResNet18", "ResNet34"},
@@ -83,7 +85,7 @@ def test_importing_everything_is_silent_and_asks_for_no_network_or_device():
         "def refuse(*arguments): raise SystemExit('a connection was tried')\n"
         "socket.socket.connect = socket.getaddrinfo = refuse\n"
         "state = torch.get_rng_state()\n"
-        f"import {', '.join(FLOORS)}\n"
+        f"import {', '.join(sorted(FLOORS.keys() - EXTRAS))}\n"
         "assert torch.equal(state, torch.get_rng_state()) and not torch.cuda.is_initialized()\n"
     )
     done = subprocess.run(

@@ -56,6 +56,18 @@ def test_a_gallery_shows_as_many_mistakes_as_asked_with_truth_prediction_and_pro
     assert titles[-1].startswith("30 of 200 misclassified (15.0%)")
 
 
+def test_an_image_shows_through_its_map_where_there_is_no_evidence(sample):
+    image = sample.images[0]
+    heat = np.zeros((32, 32), np.float32)
+    heat[:16] = 1
+    seen = visualize.overlay(image, heat, 0.5)
+    assert (seen[16:] == image[16:]).all()
+    brightest = 255 * np.array([0.988362, 0.998364, 0.644924])  # the end of inferno
+    assert np.abs(seen[:16] - (image[:16] + brightest) / 2).max() <= 1
+    assert (visualize.overlay(image, heat, 0) == image).all()
+    assert visualize.overlay(image, np.ones((8, 8), np.float32), 1).shape == image.shape
+
+
 def test_a_gallery_copes_with_no_mistakes(sample, tiny):
     predictions = make_predictions(sample, 0)
     assert texts(visualize.plot_misclassified(sample.images, predictions, CLASSES)) == [

@@ -1,0 +1,398 @@
+"""The web page: classify a picture, see where the network looks, browse its mistakes.
+
+python app.py          the weights and the images in the repository
+python app.py RUN      a run, judged on its own test images, with its curves
+"""
+
+import base64
+import functools
+import html
+import io
+import os
+import sys
+import tempfile
+from dataclasses import replace
+from pathlib import Path
+from typing import NamedTuple
+
+os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # else every page reports that it was started
+
+import gradio as gr
+import numpy as np
+import PIL
+import torch
+from gradio.utils import get_upload_folder
+from PIL import Image
+from starlette.datastructures import Headers, MutableHeaders
+from starlette.middleware import Middleware
+from starlette.middleware.trustedhost import TrustedHostMiddleware
+from starlette.responses import PlainTextResponse
+from torch import nn
+
+from checkpoint import load_weights
+from config import make_parser
+from data import CLASSES, Split, load_split, make_loader, read_image
+from main import predict, predict_images, run_config
+from report import read_finder
+from transforms import normalize, test_transform
+from utils import History, Predictions, get_device
+from visualize import (
+    cam_layers,
+    gradcam,
+    overlay,
+    plot_confusion_matrix,
+    plot_history,
+    plot_lr_finder,
+    plot_lr_history,
+)
+
+MOST_BYTES = 8_000_000  # of one request, so of an uploaded file
+FEW, MOST_IMAGES = 6, 200  # mistakes on one page, and as many images beside them
+CHUNK = 32  # images whose feature maps Grad-CAM holds at once
+SIDE = 384  # of a picture under its map, pixels
+ANY = -1  # no class chosen
+# What a browser may fetch for the page: nothing from elsewhere. And nobody may frame it.
+POLICY = "default-src 'self' 'unsafe-inline' 'unsafe-eval' data: blob:; frame-ancestors 'none'"
+THEME = gr.themes.Base(
+    primary_hue="sky", neutral_hue="slate", radius_size="lg", font="system-ui", font_mono="system-ui"
+)
+
+
+class Shown(NamedTuple):
+    """What the page is about: a network, and what it says of some test images."""
+
+    model: nn.Module
+    card: dict
+    device: torch.device
+    split: Split
+    predictions: Predictions
+    folder: Path | None  # of the run, if there is one
+
+
+def open_shown(given) -> Shown:
+    """Load the network, and let it judge test images.
+
+    A run is judged on its own test set, as in `main.py test`; weights alone on the sample in the
+    repository, if they know its classes and no other data is given.
+
+    Raises:
+        ValueError, OSError: weights or data cannot be used; one line.
+    """
+    model, card = load_weights(given.weights)
+    device, config = get_device(given.device), run_config(card, given)
+    folder = Path(given.weights) if (Path(given.weights) / "history.json").is_file() else None
+    if folder is None and given.data is None and card["classes"] == list(CLASSES):
+        config = replace(config, dataset="cifar10-sample", image_size=32)
+    split = load_split(config.dataset, "test", config.data, image_size=config.image_size)
+    if list(split.classes) != card["classes"]:
+        raise ValueError(f"the weights know {card['classes']}, not {list(split.classes)}")
+    print(f"judging {len(split):,} test images of {config.dataset}")
+    loader = make_loader(split, test_transform(card["mean"], card["std"]), device, config)
+    predictions = predict(model, device, loader, precision=config.precision)
+    return Shown(model, card, device, split, predictions, folder)
+
+
+def explain(shown: Shown, path: str | None, top: float, layer: str, target: int, opacity: float):
+    """The `top` most probable classes of a picture, and where `layer` sees evidence for `target`.
+
+    Args:
+        path: of an image file, or None.
+        target: a class, or `ANY`: the most probable one.
+
+    Returns:
+        Class names with probabilities, and HTML.
+
+    Raises:
+        gr.Error: the file cannot be used; the one kind of error whose message reaches a visitor.
+    """
+    if path is None:
+        return None, note("Choose a picture, or click an example.")
+    card, classes = shown.card, shown.split.classes
+    try:
+        small, large = (np.stack([read_image(path, side)]) for side in (card["image_size"], SIDE))
+    except ValueError as error:
+        reason = html.escape(str(error).replace(path, "this file"), quote=False)
+        raise gr.Error(reason, print_exception=False) from None
+    probabilities = predict_images(shown.model, shown.device, small, card)[0]
+    best = np.argsort(-probabilities)
+    answer = best[0] if target == ANY else target
+    heat = evidence(shown, small, [answer], layer)[0]
+    caption = f"Evidence for {classes[answer]} at {layer}" + ("" if heat.any() else ": none")
+    picture = f'<div class="large">{figure(overlay(large[0], heat, opacity), caption)}</div>'
+    return {classes[k]: float(probabilities[k]) for k in best[: int(top)]}, picture
+
+
+def evidence(shown: Shown, images: np.ndarray, targets, layer: str) -> np.ndarray:
+    """Grad-CAM of uint8 images (N, H, W, 3), some at a time: float32 (N, H, W)."""
+    maps = [np.zeros((0, *images.shape[1:3]), np.float32)]
+    for start in range(0, len(images), CHUNK):
+        part = slice(start, start + CHUNK)
+        inputs = normalize(images[part], shown.card["mean"], shown.card["std"])
+        maps.append(gradcam(shown.model, inputs, layer, targets[part]))
+    return np.concatenate(maps)
+
+
+def browse(shown: Shown, true: int, predicted: int, layer: str, count: int | None) -> str:
+    """Mistakes of `true` taken for `predicted`, and right answers for these classes beside them.
+
+    Mistakes are shown under the maps of both classes; right answers have the runner-up for the second.
+    """
+    answers = shown.predictions
+    wrong, right = choose(answers, true, predicted)
+    second = np.argsort(-answers.probabilities, axis=1)[:, 1]
+    pages = (
+        ("Mistaken, the surest first", wrong, "predicted", answers.predicted),
+        ("Right, the least sure first", right, "runner-up", second),
+    )
+    columns = [column(shown, *page, layer, count or FEW) for page in pages]
+    return f'<div class="columns">{"".join(columns)}</div>'
+
+
+def choose(predictions: Predictions, true: int, predicted: int) -> tuple[np.ndarray, np.ndarray]:
+    """Indices of the mistakes, surest first, and of the right answers, least sure first, asked for."""
+    labels, answers = predictions.labels, predictions.predicted
+    wrong, right = predictions.misclassified(), np.flatnonzero(labels == answers)
+    right = right[np.argsort(predictions.probabilities[right].max(1), kind="stable")]
+    if true != ANY:
+        wrong = wrong[labels[wrong] == true]
+    if predicted != ANY:
+        wrong = wrong[answers[wrong] == predicted]
+    if (true, predicted) != (ANY, ANY):
+        right = right[np.isin(labels[right], (true, predicted))]
+    return wrong, right
+
+
+def column(shown: Shown, title: str, found, kind: str, others, layer: str, count: int) -> str:
+    """The first images at `found`: alone, and under the maps of the true class and of `others`."""
+    chosen = found[:count]
+    images, truth = shown.split.images[chosen], shown.predictions.labels[chosen]
+    pairs = (("true", truth), (kind, others[chosen]))
+    maps = [evidence(shown, images, answers, layer) for _, answers in pairs]
+    cards = []
+    for k, index in enumerate(chosen):
+        cells = [figure(images[k], f"image\n#{index}")]
+        for (name, answers), heats in zip(pairs, maps, strict=True):
+            probability = shown.predictions.probabilities[index, answers[k]]
+            caption = f"{name}\n{shown.split.classes[answers[k]]} {probability:.0%}"
+            caption += "" if heats[k].any() else ", no evidence"
+            cells.append(figure(overlay(images[k], heats[k]), caption))
+        cards.append(f'<div class="card">{"".join(cells)}</div>')
+    head = f"<h3>{title}</h3><p>{len(chosen):,} of {len(found):,}</p>"
+    return f"<section>{head}{''.join(cards) or note('There is none.')}</section>"
+
+
+def figure(image: np.ndarray, caption: str) -> str:
+    """An image uint8 (H, W, 3) over its caption; small ones without loss."""
+    buffer = io.BytesIO()
+    Image.fromarray(image).save(buffer, "WEBP", lossless=len(image) <= 64, quality=90)
+    return f"<figure>{tag(buffer, caption)}<figcaption>{html.escape(caption)}</figcaption></figure>"
+
+
+def tag(buffer: io.BytesIO, alternative: str) -> str:
+    """An encoded picture as HTML that needs no other file."""
+    content = base64.b64encode(buffer.getvalue()).decode()
+    return f'<img src="data:image/webp;base64,{content}" alt="{html.escape(alternative)}">'
+
+
+def note(text: str) -> str:
+    """A line in the place of what is not there."""
+    return f'<p class="note">{text}</p>'
+
+
+def plots(shown: Shown) -> str:
+    """The curves of a run and the confusion matrix, on no background, for light and dark."""
+    found = {}
+    if shown.folder:
+        history, test = History.load(shown.folder), read_finder(shown.folder)
+        found["Loss and accuracy"] = plot_history({shown.card["model"]: history})
+        found["Learning rate"] = plot_lr_history(history.lrs, len(history.lrs) // len(history.epochs))
+        if test:
+            found["Range test"] = plot_lr_finder(test, shown.card["config"]["lr_rule"])
+    parts = [] if found else [note("These weights came without their run: there are no curves.")]
+    found["Confusion matrix"] = plot_confusion_matrix(shown.predictions, shown.split.classes)
+    for name, plot in found.items():
+        buffer = io.BytesIO()
+        plot.savefig(buffer, format="webp", dpi=150, transparent=True)
+        parts.append(f'<div class="plot">{tag(buffer, name)}</div>')
+    return "".join(parts)
+
+
+def headline(shown: Shown) -> str:
+    """What the page is about, in two lines."""
+    size = sum(p.numel() for p in shown.model.parameters())
+    right = f"right on {shown.predictions.accuracy:.2%} of {len(shown.split):,} test images"
+    return f"<h1>What {html.escape(shown.card['model'])} sees</h1><p>{size:,} parameters, {right}</p>"
+
+
+def make_page(shown: Shown) -> gr.Blocks:
+    """The page: one tab for pictures, one for the network's mistakes, one for its run."""
+    with gr.Blocks(title="What it sees", analytics_enabled=False, delete_cache=(600, 3600)) as page:
+        gr.HTML(headline(shown), elem_classes="headline")
+        with gr.Tab("A picture"):
+            add_picture(shown, page)
+        with gr.Tab("Mistakes"):
+            add_mistakes(shown, page)
+        with gr.Tab("The run"):
+            gr.HTML(plots(shown))
+    return page
+
+
+def add_picture(shown: Shown, page: gr.Blocks) -> None:
+    """A picture, its most probable classes, and Grad-CAM over it."""
+    firsts = [np.flatnonzero(shown.split.labels == k)[:1] for k in range(len(shown.split.classes))]
+    examples = shown.split.images[np.concatenate(firsts)[:20]]
+    plain = {"format": "png", "buttons": []}
+    with gr.Row():
+        with gr.Column(min_width=280):
+            sources = ["upload", "clipboard"]
+            picture = gr.Image(
+                examples[0], label="Picture", sources=sources, height=320, elem_id="picture", **plain
+            )
+            thumbs = gr.Gallery(
+                list(examples), show_label=False, allow_preview=False, elem_id="examples", **plain
+            )
+        with gr.Column(min_width=280):
+            label = gr.Label(label="Prediction")
+            top = gr.Slider(1, len(firsts), min(5, len(firsts)), step=1, label="Classes to name")
+        with gr.Column(min_width=280):
+            seen = gr.HTML()
+            layer, target = layer_choice(shown), class_choice(shown, "Evidence for", "most probable")
+            opacity = gr.Slider(0, 1, 0.7, step=0.05, label="Opacity")
+    picture.preprocess = uploaded
+
+    def pick(event: gr.SelectData):
+        return examples[event.index]
+
+    thumbs.select(pick, None, picture, api_visibility="private")
+    changes = [page.load, picture.change, layer.change, target.change, top.release, opacity.release]
+    inputs = [picture, top, layer, target, opacity]
+    answer = functools.partial(explain, shown)
+    gr.on(changes, answer, inputs, [label, seen], api_visibility="private")
+
+
+def add_mistakes(shown: Shown, page: gr.Blocks) -> None:
+    """Mistakes and right answers, chosen by class."""
+    with gr.Row():
+        true = class_choice(shown, "True class", "any")
+        predicted = class_choice(shown, "Predicted class", "any")
+        layer = layer_choice(shown)
+        count = gr.Number(FEW, label="How many", precision=0, minimum=1, maximum=MOST_IMAGES)
+    board = gr.HTML()
+    inputs = [true, predicted, layer, count]
+    changes = [page.load, true.change, predicted.change, layer.change, count.submit, count.blur]
+    gr.on(changes, functools.partial(browse, shown), inputs, board, api_visibility="private")
+
+
+def uploaded(upload) -> str | None:
+    """The path of an uploaded picture, which gradio would open whatever its format and size.
+
+    Raises:
+        gr.Error: the request names another file of this machine; gradio 6.31 lets one without `meta` by.
+    """
+    if upload is None:
+        return None
+    if not Path(upload.path or "").resolve().is_relative_to(Path(get_upload_folder()).resolve()):
+        raise gr.Error("this is no uploaded file", print_exception=False)
+    return upload.path
+
+
+def layer_choice(shown: Shown) -> gr.Dropdown:
+    """The layers whose maps are large enough for Grad-CAM, the deepest first chosen."""
+    layers = cam_layers(shown.model, shown.card["image_size"])
+    names = [(f"{name}, {side} x {side}", name) for name, side in layers.items()]
+    return gr.Dropdown(names, value=names[-1][1], label="Layer", filterable=False)
+
+
+def class_choice(shown: Shown, label: str, neutral: str) -> gr.Dropdown:
+    """The classes, by number, after a neutral choice."""
+    names = [(name, k) for k, name in enumerate(shown.split.classes)]
+    return gr.Dropdown([(neutral, ANY), *names], label=label)
+
+
+def guard(app):
+    """Refuse what no visitor of the page sends, and let browsers fetch nothing from elsewhere."""
+
+    async def guarded(scope, receive, send):
+        async def send_with_policy(message):
+            if message["type"] == "http.response.start":
+                MutableHeaders(scope=message)["content-security-policy"] = POLICY
+            await send(message)
+
+        headers = Headers(scope=scope) if scope["type"] == "http" else {}
+        length = headers.get("content-length", "0")
+        if "transfer-encoding" in headers or not length.isdigit() or int(length) > MOST_BYTES:
+            await PlainTextResponse("The request is too long.", 413)(scope, receive, send)
+        elif scope.get("method") == "POST" and headers.get("sec-fetch-site", "").endswith("-site"):
+            await PlainTextResponse("The request is another site's.", 403)(scope, receive, send)
+        else:
+            await app(scope, receive, send_with_policy)
+
+    return guarded
+
+
+def serve(page: gr.Blocks, host: str, port: int | None, share: bool, wait: bool = True) -> str:
+    """Serve the page until Ctrl-C, or in the background, and return its address."""
+    local = ["127.0.0.1", "localhost"]
+    known = local if host in local and not share else ["*"]  # else a site could point its name at us
+    middleware = [Middleware(guard), Middleware(TrustedHostMiddleware, allowed_hosts=known)]
+    page.queue(max_size=16, default_concurrency_limit=1)
+    _, address, public = page.launch(
+        server_name=host,
+        server_port=port,
+        share=share,  # never None: on Colab that means a public address
+        prevent_thread_lock=True,
+        quiet=True,
+        show_error=False,
+        max_file_size=MOST_BYTES,
+        allowed_paths=[],
+        blocked_paths=[str(Path(__file__).parent)],
+        state_session_capacity=64,
+        enable_monitoring=False,
+        run_history=False,
+        mcp_server=False,
+        ssr_mode=False,
+        pwa=False,
+        footer_links=[],
+        theme=THEME,
+        css_paths=Path(__file__).with_suffix(".css"),
+        app_kwargs={"middleware": middleware, "openapi_url": None},
+    )
+    print(f"the page is at {public or address}; Ctrl-C ends it", flush=True)
+    if wait:
+        page.block_thread()
+    return address
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Open the page; 2 and one line on stderr where that cannot be."""
+    parser = make_parser("app.py", __doc__)
+    parser.add_argument("weights", nargs="?", default="custom_resnet", help="run folder or weights file")
+    parser.add_argument("--data", help="folder of the run's dataset (default: the run's)")
+    parser.add_argument("--device", default="auto", help="cpu, cuda, mps (default: auto)")
+    parser.add_argument("--host", default="127.0.0.1", help="0.0.0.0: anyone in the network may use it")
+    parser.add_argument("--port", type=int, help="(default: the first free one from 7860)")
+    parser.add_argument("--share", action="store_true", help="a public address, for up to a week")
+    parser.set_defaults(precision=None)
+    given = parser.parse_args(argv)
+    try:
+        check_pillow()
+        with tempfile.TemporaryDirectory(prefix="page-") as private:
+            os.environ["GRADIO_TEMP_DIR"] = private  # else all users of a machine share /tmp/gradio
+            serve(make_page(open_shown(given)), given.host, given.port, given.share)
+    except (ValueError, OSError) as error:
+        print(f"app.py: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def check_pillow() -> None:
+    """Refuse the Pillow that gradio asks for: a page opens pictures that others made."""
+    if int(PIL.__version__.split(".")[0]) < 13:
+        raise ValueError(
+            f"pillow {PIL.__version__} can be taken over by a picture (CVE-2026-112403); "
+            "run: pip install --no-deps 'pillow>=13'"
+        )
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,114 @@
+import socket
+from pathlib import Path
+
+import httpx
+import pytest
+from PIL import Image
+
+import app
+from tests.test_app import HOSTILE
+
+ROOT = Path(__file__).parent.parent.parent
+
+
+@pytest.fixture(scope="module")
+def client(served):
+    """Somebody who does not use a browser."""
+    with httpx.Client(base_url=served.address, timeout=60, trust_env=False) as client:
+        yield client
+
+
+@pytest.fixture
+def picture(tmp_path, sample):
+    """An image file of this machine."""
+    path = tmp_path / "photo.png"
+    Image.fromarray(sample.images[70]).save(path)
+    return str(path)
+
+
+def ask(client, inputs, values):
+    """What the page's handler with so many inputs answers, as a browser would ask it."""
+    handlers = client.get("config").json()["dependencies"]
+    number = next(one["id"] for one in handlers if len(one["inputs"]) == inputs)
+    job = {"data": values, "fn_index": number, "session_hash": "visitor"}
+    assert client.post("gradio_api/queue/join", json=job).status_code == 200
+    parameters = {"session_hash": "visitor"}
+    with client.stream("GET", "gradio_api/queue/data", params=parameters) as lines:
+        for line in lines.iter_lines():
+            if '"process_completed"' in line:
+                return line
+    raise AssertionError("no answer")
+
+
+def upload(client, content, name="photo.png"):
+    """What an upload is called afterwards, as the page's picture."""
+    answer = client.post("gradio_api/upload", files={"files": (name, content)})
+    assert answer.status_code == 200
+    return {"path": answer.json()[0], "meta": {"_type": "gradio.FileData"}}
+
+
+def test_the_page_listens_on_this_machine_alone_whatever_the_environment_asks(client, served):
+    assert client.base_url.host == "127.0.0.1"
+    assert client.get("").status_code == 200
+    socket.create_server(("127.0.0.2", client.base_url.port)).close()  # 0.0.0.0 would have taken it
+    assert "public" not in served.said and "share" not in served.said
+
+
+def test_a_site_cannot_point_its_name_at_the_page(client):
+    assert client.get("", headers={"host": "attacker.example"}).status_code == 400
+
+
+def test_a_browser_may_fetch_nothing_from_elsewhere_nor_frame_the_page(client):
+    policy = client.get("").headers["content-security-policy"]
+    assert "default-src 'self'" in policy and "frame-ancestors 'none'" in policy
+    assert "http:" not in policy and "*" not in policy
+
+
+def test_an_uploaded_picture_is_classified(client, picture):
+    said = ask(client, 5, [upload(client, Path(picture).read_bytes()), 3, "layer1", -1, 0.5])
+    assert "Evidence for" in said and "confidences" in said
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+def test_a_hostile_upload_is_answered_with_one_clear_line(client, name):
+    said = ask(client, 5, [upload(client, HOSTILE[name]), 3, "layer1", -1, 0.5])
+    assert "this file is no readable image" in said or name == "empty"
+    assert "data:image" not in said
+
+
+@pytest.mark.parametrize("meta", [{}, {"meta": {"_type": "gradio.FileData"}}])
+@pytest.mark.parametrize("url", [{}, {"url": "http://127.0.0.1:9/a.png"}])
+def test_pictures_that_were_not_uploaded_are_not_opened(client, picture, meta, url):
+    said = ask(client, 5, [{"path": picture, **url, **meta}, 3, "layer1", -1, 0.5])
+    assert "data:image" not in said and '"success":false' in said.replace(" ", "")
+
+
+@pytest.mark.parametrize("path", ["/etc/passwd", "app.py", str(ROOT / "app.py"), "http://127.0.0.1:9/"])
+def test_files_of_this_machine_are_not_served(client, path):
+    assert client.get(f"gradio_api/file={path}").status_code == 403
+
+
+def test_uploads_and_requests_are_bounded(client):
+    too_much = {"files": ("a.png", b"x" * (app.MOST_BYTES + 1))}
+    assert client.post("gradio_api/upload", files=too_much).status_code == 413
+    assert client.post("gradio_api/upload", content=iter([b"x"])).status_code == 413
+    assert "greater than maximum" in ask(client, 4, [-1, -1, "layer1", 1_000_000])
+
+
+def test_other_sites_cannot_make_a_visitor_s_browser_post_to_the_page(client):
+    for site in ("cross-site", "same-site"):
+        headers = {"sec-fetch-site": site, "origin": "https://attacker.example"}
+        files = {"files": ("a.png", b"x")}
+        assert client.post("gradio_api/upload", files=files, headers=headers).status_code == 403
+
+
+def test_no_programming_interface_is_offered(client):
+    info = client.get("gradio_api/info").json()
+    assert info == {"named_endpoints": {}, "unnamed_endpoints": {}}
+    for path in ("docs", "redoc", "openapi.json", "monitoring", "monitoring/summary"):
+        assert client.get(path).status_code in (403, 404)
+
+
+def test_the_page_tells_nothing_of_this_machine_s_folders(client):
+    assert str(ROOT) not in client.get("config").text
+    assert client.get("config").json()["analytics_enabled"] is False

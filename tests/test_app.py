@@ -1,0 +1,199 @@
+import argparse
+import html
+import re
+import struct
+import subprocess
+import sys
+import zlib
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+import checkpoint
+import data
+import main
+from config import Config
+from utils import Predictions
+
+pytest.importorskip("gradio", reason="the page is an extra: requirements-app.txt (make test-app has it)")
+import gradio as gr
+
+import app
+
+ROOT = Path(__file__).parent.parent
+SMOKE = "--dataset cifar10-sample --width 4 --batch-size 256 --epochs 1 --max-train-batches 3 --lr 0.01"
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A run of three steps."""
+    folder = tmp_path_factory.mktemp("page") / "run"
+    assert main.main([*SMOKE.split(), "--precision", "fp32", "--output", str(folder)]) == 0
+    return folder
+
+
+def given(weights, **others):
+    """Flags as the command line reads them."""
+    common = {"weights": str(weights), "data": None, "device": "cpu", "precision": None}
+    return argparse.Namespace(**common | others)
+
+
+@pytest.fixture(scope="module")
+def shown(folder):
+    return app.open_shown(given(folder))
+
+
+@pytest.fixture
+def picture(tmp_path, sample):
+    """A photograph as people have them: no square, not small."""
+    path = tmp_path / "photo.jpg"
+    Image.fromarray(sample.images[70]).resize((160, 120)).save(path)
+    return str(path)
+
+
+def texts(markup):
+    """The captions of some HTML."""
+    return [html.unescape(text) for text in re.findall("<figcaption>(.*?)</figcaption>", markup, re.S)]
+
+
+def test_importing_the_page_is_silent_and_asks_for_no_network():
+    code = (
+        "import socket\n"
+        "def refuse(*arguments): raise SystemExit('a connection was tried')\n"
+        "socket.socket.connect = socket.getaddrinfo = refuse\n"
+        "import app"
+    )
+    command = [sys.executable, "-W", "error", "-c", code]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+
+
+def test_a_picture_gets_the_classes_that_the_command_line_gives_it(shown, folder, picture, capsys):
+    label, _ = app.explain(shown, picture, 3, "layer1", app.ANY, 0.5)
+    assert main.main(["predict", str(folder), picture, "--device", "cpu"]) == 0
+    said = ", ".join(f"{name} {probability:.1%}" for name, probability in label.items())
+    assert capsys.readouterr().out == f"{picture}: {said}\n"
+
+
+@pytest.mark.parametrize("top", [1, 10])
+def test_as_many_classes_are_named_as_asked(shown, picture, top):
+    label, _ = app.explain(shown, picture, top, "layer1", app.ANY, 0.5)
+    assert len(label) == top
+    assert list(label.values()) == sorted(label.values(), reverse=True)
+
+
+def test_the_map_changes_with_layer_class_and_opacity_and_says_what_it_shows(shown, picture):
+    pages = {
+        choice: app.explain(shown, picture, 1, *choice)[1]
+        for choice in (("layer1", 3, 0.5), ("layer2", 3, 0.5), ("layer1", 5, 0.5), ("layer1", 3, 0.9))
+    }
+    assert len(set(pages.values())) == 4
+    assert texts(pages["layer2", 3, 0.5])[0].startswith("Evidence for cat at layer2")
+    best = next(iter(app.explain(shown, picture, 1, "layer1", app.ANY, 0.5)[0]))
+    assert f"Evidence for {best} " in app.explain(shown, picture, 1, "layer1", app.ANY, 0.5)[1]
+
+
+def test_no_picture_is_no_error(shown):
+    label, markup = app.explain(shown, None, 3, "layer1", app.ANY, 0.5)
+    assert label is None and "Choose a picture" in markup
+
+
+def png_header(width, height):
+    """A PNG that says it has so many pixels, and has none."""
+    chunk = b"IHDR" + struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
+    return b"\x89PNG\r\n\x1a\n" + struct.pack(">I", 13) + chunk + struct.pack(">I", zlib.crc32(chunk))
+
+
+HOSTILE = {
+    "text": b"<script>alert(1)</script>",
+    "vector": b'<svg xmlns="http://www.w3.org/2000/svg"><image href="file:///etc/passwd"/></svg>',
+    "postscript": b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\nshowpage\n",
+    "bomb": png_header(60_000, 60_000),
+    "large": png_header(13_000, 13_000),
+    "cut": png_header(32, 32),
+    "empty": b"",
+}
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+def test_a_hostile_file_is_refused_in_one_line_without_its_path(shown, tmp_path, name):
+    path = tmp_path / "photo.png"
+    path.write_bytes(HOSTILE[name])
+    with pytest.raises(gr.Error) as refusal:
+        app.explain(shown, str(path), 3, "layer1", app.ANY, 0.5)
+    message = refusal.value.message
+    assert message.startswith("this file is no readable image (")
+    assert str(tmp_path) not in message and "\n" not in message and "<" not in message
+
+
+def test_choosing_by_class_finds_mistakes_of_the_pair_and_right_answers_of_both():
+    labels = np.array([0, 0, 0, 1, 1, 2])
+    answers = np.array([0, 1, 2, 1, 0, 2])
+    probabilities = np.full((6, 3), 0.01)
+    probabilities[np.arange(6), answers] = [0.6, 0.7, 0.9, 0.5, 0.8, 0.4]
+    predictions = Predictions(probabilities, labels)
+    found = {
+        pair: tuple(indices.tolist() for indices in app.choose(predictions, *pair))
+        for pair in ((app.ANY, app.ANY), (0, app.ANY), (app.ANY, 0), (0, 1), (2, 1))
+    }
+    assert found == {
+        (app.ANY, app.ANY): ([2, 4, 1], [5, 3, 0]),
+        (0, app.ANY): ([2, 1], [0]),
+        (app.ANY, 0): ([4], [0]),
+        (0, 1): ([1], [3, 0]),
+        (2, 1): ([], [5, 3]),
+    }
+
+
+def test_mistakes_are_shown_beside_right_answers_each_under_two_maps(shown):
+    captions = texts(app.browse(shown, app.ANY, app.ANY, "layer1", 2))
+    kinds = [caption.split("\n")[0] for caption in captions]
+    assert kinds == ["image", "true", "predicted"] * 2 + ["image", "true", "runner-up"] * 2
+    index = shown.predictions.misclassified()[0]
+    label, answer = shown.predictions.labels[index], shown.predictions.predicted[index]
+    assert captions[0] == f"image\n#{index}"
+    assert captions[1].startswith(f"true\n{data.CLASSES[label]} ")
+    sure = shown.predictions.probabilities[index, answer]
+    assert captions[2].startswith(f"predicted\n{data.CLASSES[answer]} {sure:.0%}")
+
+
+def test_more_mistakes_than_grad_cam_takes_at_once_get_the_same_maps(shown, monkeypatch):
+    whole = app.browse(shown, app.ANY, app.ANY, "layer1", 5)
+    monkeypatch.setattr(app, "CHUNK", 2)
+    assert app.browse(shown, app.ANY, app.ANY, "layer1", 5) == whole
+
+
+def test_a_pair_of_classes_without_mistakes_is_no_error(shown):
+    assert "There is none." in app.browse(shown, 3, 3, "layer1", 5)
+
+
+def test_names_from_a_file_are_text_on_the_page_and_not_markup(shown):
+    evil = tuple(f"<script>{k}</script>" for k in range(10))
+    card = shown.card | {"model": "<b>"}
+    evil = shown._replace(card=card, split=data.Split(shown.split.images, shown.split.labels, evil))
+    markup = app.browse(evil, app.ANY, app.ANY, "layer1", 1) + app.headline(evil)
+    assert "<script" not in markup and "<b>" not in markup and "&lt;script" in markup
+
+
+def test_the_page_of_a_run_has_its_curves_and_that_of_weights_alone_says_why_not(shown, folder):
+    assert app.plots(shown).count("<img") == 3  # its rate was given: no range test
+    alone = app.open_shown(given(folder / "weights.safetensors"))
+    assert alone.folder is None and len(alone.split) == 1000
+    assert app.plots(alone).count("<img") == 1 and "no curves" in app.plots(alone)
+
+
+def test_what_cannot_be_shown_ends_in_one_line_and_exit_code_2(tmp_path, monkeypatch, capsys, tiny):
+    assert app.main([str(tmp_path / "none")]) == 2
+    card = {"model": "custom_resnet", "options": {"width": 4}, "classes": list("abcdefghij")}
+    card |= {"mean": [0.5] * 3, "std": [0.25] * 3, "image_size": 32}
+    card |= {"config": Config(dataset="cifar10-sample", width=4).identity}
+    checkpoint.save_weights(tmp_path / "w.safetensors", tiny, card)
+    assert app.main([str(tmp_path / "w.safetensors")]) == 2
+    monkeypatch.setattr(app.PIL, "__version__", "12.3.0")
+    assert app.main([str(tmp_path / "none")]) == 2
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 3 and all(line.startswith("app.py: ") for line in lines)
+    assert "there is no weights file" in lines[0]
+    assert "the weights know" in lines[1] and "pip install --no-deps 'pillow>=13'" in lines[2]
