@@ -264,10 +264,8 @@ def add_picture(shown: Shown, page: gr.Blocks) -> None:
         return examples[event.index]
 
     thumbs.select(pick, None, picture, api_visibility="private")
-    changes = [page.load, picture.change, layer.change, target.change, top.release, opacity.release]
     inputs = [picture, top, layer, target, opacity]
-    answer = functools.partial(explain, shown)
-    gr.on(changes, answer, inputs, [label, seen], api_visibility="private")
+    answer_to(page, functools.partial(explain, shown), inputs, [label, seen])
 
 
 def add_mistakes(shown: Shown, page: gr.Blocks) -> None:
@@ -277,10 +275,13 @@ def add_mistakes(shown: Shown, page: gr.Blocks) -> None:
         predicted = class_choice(shown, "Predicted class", "any")
         layer = layer_choice(shown)
         count = gr.Number(FEW, label="How many", precision=0, minimum=1, maximum=MOST_IMAGES)
-    board = gr.HTML()
-    inputs = [true, predicted, layer, count]
-    changes = [page.load, true.change, predicted.change, layer.change, count.submit, count.blur]
-    gr.on(changes, functools.partial(browse, shown), inputs, board, api_visibility="private")
+    answer_to(page, functools.partial(browse, shown), [true, predicted, layer, count], gr.HTML())
+
+
+def answer_to(page: gr.Blocks, function, inputs: list, outputs) -> None:
+    """Call a function when the page opens and when an input changes; of many changes the last counts."""
+    changes = [page.load, *(item.change for item in inputs)]
+    gr.on(changes, function, inputs, outputs, api_visibility="private", trigger_mode="always_last")
 
 
 def uploaded(upload) -> str | None:
