@@ -300,7 +300,7 @@ def uploaded(upload) -> str | None:
 def layer_choice(shown: Shown) -> gr.Dropdown:
     """The layers whose maps are large enough for Grad-CAM, the deepest first chosen."""
     layers = cam_layers(shown.model, shown.card["image_size"])
-    names = [(f"{name}, {side} x {side}", name) for name, side in layers.items()]
+    names = [(f"{name}, {side} px", name) for name, side in layers.items()]
     return gr.Dropdown(names, value=names[-1][1], label="Layer", filterable=False)
 
 

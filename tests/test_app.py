@@ -177,14 +177,17 @@ def test_names_from_a_file_are_text_on_the_page_and_not_markup(shown):
     assert "<script" not in markup and "<b>" not in markup and "&lt;script" in markup
 
 
-def test_the_page_of_a_run_has_its_curves_and_that_of_weights_alone_says_why_not(shown, folder):
+def test_the_page_of_a_run_has_its_curves_and_that_of_weights_alone_says_why_not(shown, tmp_path):
     assert app.plots(shown).count("<img") == 3  # its rate was given: no range test
-    alone = app.open_shown(given(folder / "weights.safetensors"))
+    card = shown.card | {"config": shown.card["config"] | {"dataset": "cifar10", "data": "nowhere"}}
+    checkpoint.save_weights(tmp_path / "alone.safetensors", shown.model, card)
+    alone = app.open_shown(given(tmp_path / "alone.safetensors"))
     assert alone.folder is None and len(alone.split) == 1000
     assert app.plots(alone).count("<img") == 1 and "no curves" in app.plots(alone)
 
 
 def test_what_cannot_be_shown_ends_in_one_line_and_exit_code_2(tmp_path, monkeypatch, capsys, tiny):
+    monkeypatch.setattr(app, "serve", lambda *_: pytest.fail("the page was opened"))
     assert app.main([str(tmp_path / "none")]) == 2
     card = {"model": "custom_resnet", "options": {"width": 4}, "classes": list("abcdefghij")}
     card |= {"mean": [0.5] * 3, "std": [0.25] * 3, "image_size": 32}

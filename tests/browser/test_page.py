@@ -121,7 +121,7 @@ def test_an_example_layer_class_opacity_and_count_can_be_chosen(visit):
     before = picture.get_attribute("src")
     page.get_by_label("Thumbnail 9 of 10").click()
     expect(picture).not_to_have_attribute("src", before, timeout=SECONDS)
-    choose(page, "Layer", "layer1, 16 x 16")
+    choose(page, "Layer", "layer1, 16 px")
     answer(page, "at layer1")
     choose(page, "Evidence for", "cat")
     answer(page, "Evidence for cat at layer1")
