@@ -331,8 +331,8 @@ def guard(app):
     return guarded
 
 
-def serve(page: gr.Blocks, host: str, port: int | None, share: bool, wait: bool = True) -> str:
-    """Serve the page until Ctrl-C, or in the background, and return its address."""
+def serve(page: gr.Blocks, host: str, port: int | None, share: bool) -> None:
+    """Serve the page until Ctrl-C."""
     local = ["127.0.0.1", "localhost"]
     known = local if host in local and not share else ["*"]  # else a site could point its name at us
     middleware = [Middleware(guard), Middleware(TrustedHostMiddleware, allowed_hosts=known)]
@@ -359,9 +359,7 @@ def serve(page: gr.Blocks, host: str, port: int | None, share: bool, wait: bool 
         app_kwargs={"middleware": middleware, "openapi_url": None},
     )
     print(f"the page is at {public or address}; Ctrl-C ends it", flush=True)
-    if wait:
-        page.block_thread()
-    return address
+    page.block_thread()
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -186,6 +186,22 @@ def test_the_page_of_a_run_has_its_curves_and_that_of_weights_alone_says_why_not
     assert app.plots(alone).count("<img") == 1 and "no curves" in app.plots(alone)
 
 
+def test_a_run_on_one_s_own_images_is_shown_like_any_other(tmp_path, sample):
+    for k in range(40):
+        (tmp_path / "images" / f"kind <{k % 2}>").mkdir(parents=True, exist_ok=True)
+        image = Image.fromarray(sample.images[k]).resize((50 + k, 60))
+        image.save(tmp_path / "images" / f"kind <{k % 2}>" / f"{k}.png")
+    flags = f"--dataset folder --data {tmp_path / 'images'} --image-size 48 --batch-size 16 --width 4"
+    flags += f" --epochs 1 --lr 0.01 --precision fp32 --output {tmp_path / 'run'}"
+    assert main.main(flags.split()) == 0
+    shown = app.open_shown(given(tmp_path / "run"))
+    assert shown.split.images.shape == (8, 48, 48, 3)
+    label, markup = app.explain(shown, str(tmp_path / "images/kind <1>/1.png"), 9, "layer2", 1, 0.5)
+    assert set(label) == {"kind <0>", "kind <1>"} and "kind &lt;1&gt; at layer2" in markup
+    cards = len(texts(app.browse(shown, app.ANY, app.ANY, "layer2", 8))) // 3
+    assert cards == 8 and app.plots(shown).count("<img") == 3
+
+
 def test_what_cannot_be_shown_ends_in_one_line_and_exit_code_2(tmp_path, monkeypatch, capsys, tiny):
     monkeypatch.setattr(app, "serve", lambda *_: pytest.fail("the page was opened"))
     assert app.main([str(tmp_path / "none")]) == 2
