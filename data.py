@@ -14,6 +14,7 @@ import tempfile
 import time
 import urllib.request
 import warnings
+from collections import Counter
 from dataclasses import dataclass
 from http.client import HTTPException
 from pathlib import Path
@@ -71,6 +72,7 @@ SOURCE_ERRORS = (OSError, HTTPException, ValueError, RuntimeError, EOFError, tar
 
 SAMPLE = Path(__file__).parent / "sample"
 IMAGE_FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF")
+PARTS = {"train", "test", "val", "valid", "validation"}  # folders that are no classes, if all there is
 MOST_PIXELS = 50_000_000  # of an image file; more is refused before it is decoded
 
 # The streams of random numbers: order = f(seed, epoch), augmentation = f(seed, epoch, position).
@@ -337,54 +339,75 @@ def load_folder(split: str, root: Path, image_size: int) -> Split:
     """A user's own images: one folder a class, files of any size."""
     if not root.is_dir():
         raise ValueError(f"there is no folder {root}")
-    if (root / "train").is_dir() and (root / "test").is_dir():
-        classes = {part: list_images(root / part)[0] for part in ("train", "test")}
-        if classes["train"] != classes["test"]:
-            raise ValueError(
-                f"{root}/train has classes {classes['train']}, {root}/test {classes['test']}"
-            )
-        return read_images(*list_images(root / split), image_size)
-    for part, other in (("train", "test"), ("test", "train")):
-        if (root / part).is_dir() and len(list(root.iterdir())) == 1:
-            raise ValueError(f"{root} has a folder {part} but none named {other}")
-    classes, files = list_images(root)
-    # Whatever the run's seed: runs with different seeds are judged on the same images.
-    train, test = stratified_split(np.array([label for _, label in files]), 0.2, seed=0)
-    chosen = train if split == "train" else test
-    return read_images(classes, [files[i] for i in chosen], image_size)
+    names = {path.name for path in root.iterdir() if path.is_dir() and path.name[0] != "."}
+    tell = split == "train"  # once a run
+    if names >= {"train", "test"}:
+        classes, train = list_images(root / "train", tell)
+        others, test = list_images(root / "test", tell)
+        if classes != others:
+            raise ValueError(f"{root}/train has classes {classes}, {root}/test {others}")
+    elif names and names <= PARTS:
+        raise ValueError(f"{root} has {', '.join(sorted(names))}; it needs folders train and test")
+    else:
+        classes, files = list_images(root, tell)
+        # Whatever the run's seed: runs with different seeds are judged on the same images.
+        sides = stratified_split(np.array([label for _, label in files]), 0.2, seed=0)
+        train, test = ([files[i] for i in side] for side in sides)
+    wanted, others = (train, test) if split == "train" else (test, train)
+    return read_images(classes, wanted, image_size, others)
 
 
-def list_images(folder: Path) -> tuple[tuple[str, ...], list[tuple[Path, int]]]:
-    """Class names, and (file, label) of every image below `folder`; hidden files are not looked at."""
+def list_images(folder: Path, tell: bool = False) -> tuple[tuple[str, ...], list[tuple[Path, int]]]:
+    """Class names, and (file, label) of every image below `folder`; hidden files are not looked at.
+
+    Args:
+        tell: print how many other files there are.
+    """
     classes = sorted(path.name for path in folder.iterdir() if path.is_dir() and path.name[0] != ".")
     if len(classes) < 2:
         raise ValueError(f"{folder} must hold one folder for each class, two or more, not {classes}")
     suffixes = Image.registered_extensions()
-    files = []
+    files, passed = [], []
     for label, name in enumerate(classes):
-        found = [
-            (path, label)
-            for path in sorted((folder / name).rglob("*"))
-            if path.name[0] != "." and suffixes.get(path.suffix.lower()) in IMAGE_FORMATS
-        ]
-        if not found:
+        before = len(files)
+        for path in sorted((folder / name).rglob("*")):
+            suffix = path.suffix.lower()
+            if path.is_dir() or any(part[0] == "." for part in path.relative_to(folder).parts):
+                continue
+            if suffixes.get(suffix) in IMAGE_FORMATS:
+                files.append((path, label))
+            else:
+                passed.append(suffix or path.name)
+        if len(files) == before:
             raise ValueError(f"{folder / name} holds no image ({', '.join(IMAGE_FORMATS)})")
-        files += found
+    if passed and tell:
+        kinds = ", ".join(f"{kind} {count}" for kind, count in Counter(passed).most_common(5))
+        print(f"{folder}: passed over files that are no {', '.join(IMAGE_FORMATS)}: {kinds}")
     return tuple(classes), files
 
 
-def read_images(classes: tuple[str, ...], files: list[tuple[Path, int]], image_size: int) -> Split:
-    """Read and resize them all; the unreadable ones are named."""
+def read_images(
+    classes: tuple[str, ...], files: list[tuple[Path, int]], image_size: int, others=()
+) -> Split:
+    """Read and resize them all; the unreadable ones are named, with those of `others`, another split."""
+    images, bad = read_all(files, image_size)
+    if bad:
+        bad += read_all(others, image_size)[1]
+        more = f"; and {len(bad) - 5} more" if len(bad) > 5 else ""
+        total = len(files) + len(others)
+        raise ValueError(f"{len(bad)} of {total} files cannot be used: {'; '.join(bad[:5])}{more}")
+    return Split(np.stack(images), np.array([label for _, label in files]), classes)
+
+
+def read_all(files, image_size: int) -> tuple[list[np.ndarray], list[str]]:
+    """The images that can be read, and what is wrong with each of the others."""
     images, bad = [], []
     for path, _ in tqdm(files, desc="reading", unit="image", disable=None, leave=False):
         try:
             images.append(read_image(path, image_size))
         except ValueError as error:
             bad.append(str(error))
-    if bad:
-        more = f"; and {len(bad) - 5} more" if len(bad) > 5 else ""
-        raise ValueError(f"{len(bad)} of {len(files)} files cannot be used: {'; '.join(bad[:5])}{more}")
-    return Split(np.stack(images), np.array([label for _, label in files]), classes)
+    return images, bad
 
 
 def read_image(path: str | Path, size: int) -> np.ndarray:
@@ -409,12 +432,14 @@ def read_image(path: str | Path, size: int) -> np.ndarray:
 
 @contextlib.contextmanager
 def quiet_open(path: str | Path):
-    """An image file, without Pillow's warning of its size: `read_image` has its own limit."""
+    """An image file, without Pillow's warnings of size, palette and damaged metadata.
+
+    `read_image` has a limit of its own, and the pixels are whole: what they lack would raise.
+    """
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-        image = Image.open(path, formats=IMAGE_FORMATS)
-    with image:
-        yield image
+        warnings.simplefilter("ignore")
+        with Image.open(path, formats=IMAGE_FORMATS) as image:
+            yield image
 
 
 def stratified_split(labels: np.ndarray, fraction: float, seed: int) -> tuple[np.ndarray, np.ndarray]:

@@ -898,6 +898,8 @@ def report_command(argv: list[str]) -> None:
         check_files(folder)
         config = run_config(card, given)
         loaders = make_loaders(config, device)
+        if loaders.train.dataset.split.digest() != card["data_sha256"]:
+            raise ValueError(f"{config.data} holds other images than the run was trained on")
     report_run(config, device, loaders, model, folder)
 
 

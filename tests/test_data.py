@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 import torch
 from albumentations.pytorch import ToTensorV2
-from PIL import Image
+from PIL import Image, ImageOps
 from torch.utils.data import DataLoader, Dataset, get_worker_info
 from torchvision.datasets import CIFAR10
 
@@ -362,14 +362,55 @@ def test_a_folder_with_train_and_test_keeps_them(folder, tmp_path_factory):
         load_split("folder", "train", root)
 
 
-def test_unreadable_images_are_named(folder):
-    (folder / "bee" / "broken.png").write_bytes(b"\x89PNG\r\n\x1a\n but no more")
-    (folder / "cow" / "page.jpg").write_text("<html></html>")
-    with pytest.raises(
-        ValueError, match=r"2 of 32 files cannot be used.*broken.png.*page.jpg"
-    ) as caught:
-        data.read_images(*data.list_images(folder), 32)
+@pytest.mark.parametrize("split", ["train", "test"])
+def test_unreadable_images_of_both_splits_are_named_at_once(folder, split):
+    for k in range(9):
+        (folder / "bee" / f"broken{k}.png").write_bytes(b"\x89PNG\r\n\x1a\n but no more")
+        (folder / "cow" / f"page{k}.jpg").write_text("<html></html>")
+    message = r"18 of 48 files cannot be used: .*(broken|page).*; and 13 more$"
+    with pytest.raises(ValueError, match=message) as caught:
+        load_split("folder", split, folder)
     assert "\n" not in str(caught.value)
+
+
+def test_a_file_that_is_broken_in_the_other_split_does_not_stop_this_one(folder, tmp_path_factory):
+    root = tmp_path_factory.mktemp("split")
+    shutil.copytree(folder, root / "train")
+    shutil.copytree(folder, root / "test")
+    (root / "train" / "bee" / "broken.png").write_text("no image")
+    assert len(load_split("folder", "test", root)) == 30
+    with pytest.raises(ValueError, match="1 of 61 files"):
+        load_split("folder", "train", root)
+
+
+def test_files_of_other_formats_are_counted_and_hidden_ones_are_not(folder, capsys):
+    (folder / "bee" / "scan.TIF").write_text("")
+    (folder / "cow" / "scan.tif").write_text("")
+    (folder / "cow" / ".ipynb_checkpoints").mkdir()
+    shutil.copy(next((folder / "cow").glob("*.jpg")), folder / "cow" / ".ipynb_checkpoints")
+    assert len(load_split("folder", "train", folder)) + len(load_split("folder", "test", folder)) == 30
+    printed = capsys.readouterr().out
+    assert printed.count("\n") == 1 and printed.endswith("GIF: .tif 2, .txt 1\n")
+
+
+@pytest.mark.parametrize("names", [("train",), ("test",), ("train", "val")])
+def test_folders_named_after_splits_are_not_taken_for_classes(folder, names, tmp_path_factory):
+    root = tmp_path_factory.mktemp("parts")
+    for name in names:
+        shutil.copytree(folder, root / name)
+    message = f"has {', '.join(sorted(names))}; it needs folders train and test"
+    with pytest.raises(ValueError, match=message):
+        load_split("folder", "train", root)
+
+
+def test_what_pillow_warns_of_is_read_in_silence(tmp_path, sample):
+    image = Image.fromarray(sample.images[0])
+    image.convert("P").save(tmp_path / "palette.png", transparency=bytes(range(200)))
+    image.save(tmp_path / "metadata.jpg", exif=b"Exif\0\0MM\0*\0\0\0\x08\0\x02\x01\x12")
+    for name in ("palette.png", "metadata.jpg"):
+        with pytest.warns(UserWarning):
+            ImageOps.exif_transpose(Image.open(tmp_path / name)).convert("RGB")
+        assert data.read_image(tmp_path / name, 32).shape == (32, 32, 3)
 
 
 @pytest.mark.parametrize(

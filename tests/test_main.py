@@ -1,3 +1,4 @@
+import itertools
 import json
 import math
 import re
@@ -591,20 +592,63 @@ def test_two_runs_of_one_second_have_folders_of_their_own(tmp_path, monkeypatch)
     assert len(folders) == 3 and all(folder.is_dir() for folder in folders)
 
 
-def test_a_folder_of_images_trains_reports_and_predicts(sample, tmp_path, capsys):
-    root = tmp_path / "mine"
-    for label, name in enumerate(("ant", "bee")):
-        (root / name).mkdir(parents=True)
-        for k, index in enumerate(np.flatnonzero(sample.labels == label)):
-            Image.fromarray(sample.images[index]).resize((40, 30)).save(root / name / f"{k}.png")
-    flags = "--dataset folder --image-size 24 --cutout 6 --width 4 --batch-size 8 --epochs 1 --lr 0.01"
-    argv = [*flags.split(), "--data", str(root), "--output", str(tmp_path / "r")]
+@pytest.fixture(scope="module")
+def mine(tmp_path_factory):
+    """A folder of 240 images of three classes, of many sizes, formats and modes."""
+    root = tmp_path_factory.mktemp("mine")
+    kinds = itertools.cycle(["RGB jpg", "L png", "P gif", "CMYK jpeg", "RGBA webp", "RGB bmp", "1 png"])
+    split = data.load_split("cifar10-sample", "test")
+    for label, name in enumerate(("ant", "bumble bee", "cow")):
+        (root / name).mkdir()
+        for k, index in enumerate(np.flatnonzero(split.labels == label)[:80]):
+            mode, suffix = next(kinds).split()
+            image = Image.fromarray(split.images[index]).resize((20 + k, 150 - k)).convert(mode)
+            image.save(root / name / f"{k}.{suffix}")
+    return root
+
+
+@pytest.fixture(scope="module")
+def trained_on_mine(mine, tmp_path_factory):
+    """The folder of a run on them at 64 pixels, with range test and validation set."""
+    folder = tmp_path_factory.mktemp("runs") / "mine"
+    flags = "--dataset folder --image-size 64 --width 4 --batch-size 32 --epochs 1 --val-split 0.1"
+    argv = [*flags.split(), "--precision", "fp32", "--data", str(mine), "--output", str(folder)]
     assert main.main(argv) == 0
-    text = (tmp_path / "r/report.md").read_text(encoding="utf-8")
-    assert "32 train + 8 test images of 2 classes, 24 x 24 px" in text and "gradcam_layer1" in text
-    assert main.main(["test", str(tmp_path / "r")]) == 0
-    assert main.main(["predict", str(tmp_path / "r"), str(root / "ant/0.png")]) == 0
-    assert re.search(r"0.png: (ant|bee) [\d.]+%, (ant|bee) [\d.]+%\n$", capsys.readouterr().out)
+    return folder
+
+
+def test_a_folder_of_images_of_any_kind_trains_and_reports(mine, trained_on_mine):
+    text = (trained_on_mine / "report.md").read_text(encoding="utf-8")
+    assert "172 train + 20 validation + 48 test images of 3 classes, 64 x 64 px" in text
+    figures = {path.stem for path in (trained_on_mine / "figures").iterdir()}
+    assert {"lr_finder", "misclassified", "gradcam_layer2", "gradcam_layer3"} <= figures  # 16, 8 px
+    config = Config(dataset="folder", data=str(mine), image_size=64, val_split=0.1, batch_size=32)
+    mean, std = data.statistics(data.make_loaders(config).train.dataset.split.images)
+    for values in (mean, std):
+        assert ", ".join(f"{value:.8f}" for value in values) in text
+
+
+def test_a_run_on_a_folder_is_tested_used_and_reported_again(mine, trained_on_mine, tmp_path, capsys):
+    run = shutil.copytree(trained_on_mine, tmp_path / "r")
+    before = (run / "report.md").read_text(encoding="utf-8")
+    (run / "report.md").unlink()
+    assert main.main(["report", str(run), "--precision", "fp32"]) == 0
+    assert (run / "report.md").read_text(encoding="utf-8") == before
+    accuracy = re.search(r"\*\*([\d.]+%)\*\*", before)[1]
+    assert main.main(["test", str(run)]) == 0
+    assert f"accuracy {accuracy} of 48 images" in capsys.readouterr().out
+    assert main.main(["predict", str(run), str(mine / "ant/0.jpg"), "--top", "1"]) == 0
+    assert re.search(r"0.jpg: (ant|bumble bee|cow) [\d.]+%\n$", capsys.readouterr().out)
+
+
+def test_a_run_is_not_reported_on_other_images(mine, trained_on_mine, tmp_path, capsys):
+    other = shutil.copytree(mine, tmp_path / "other")
+    shutil.copy(other / "ant/0.jpg", other / "ant/copy.jpg")
+    before = (trained_on_mine / "report.md").read_bytes()
+    with pytest.raises(SystemExit):
+        main.main(["report", str(trained_on_mine), "--data", str(other)])
+    assert "holds other images than the run was trained on" in capsys.readouterr().err
+    assert (trained_on_mine / "report.md").read_bytes() == before
 
 
 def test_a_run_with_worker_processes_reports_too(tmp_path):
