@@ -14,7 +14,7 @@ PLACES = ("output", "resume", "mirror", "checkpoint_seconds")
 
 CHOICES = {
     "model": tuple(MODELS),
-    "dataset": ("cifar10", "cifar10-sample", "folder"),
+    "dataset": ("cifar10", "cifar10-sample", "cifar100", "fashion_mnist", "svhn", "folder"),
     "optimizer": ("adam", "adamw", "sgd"),
     "scheduler": ("onecycle", "none"),
     "lr_rule": ("steepest", "valley", "minimum_over_ten", "minimum"),
@@ -80,7 +80,7 @@ class Config:
     label_smoothing: float = setting(0.0, "share of each target spread over all classes")
     average: float = setting(0.0, "what a running average of the weights keeps per step; 0: no average")
     padding: int = setting(4, "reflected border before the random crop, pixels; 0: no crop")
-    flip: bool = setting(True, "mirror half of the images")
+    flip: bool | None = setting(None, "mirror half of the images; none: unless they are svhn's digits")
     cutout: int = setting(8, "side of the erased square, pixels; 0: none")
     grayscale: float = setting(0.0, "probability of turning an image grey")
     tta: bool = setting(False, "at the end, average the logits of each image and of its mirror image")
@@ -98,6 +98,8 @@ class Config:
     max_test_batches: int | None = setting(None, "test batches per evaluation, for a smoke run")
 
     def __post_init__(self):
+        if self.flip is None:
+            object.__setattr__(self, "flip", self.dataset != "svhn")
         for name, choices in CHOICES.items():
             _choose(name, getattr(self, name), choices)
         for name, low, high in _RANGES:
@@ -221,12 +223,13 @@ def parse_config(argv: list[str], prog: str = "main.py", epilog: str = "") -> Co
 def command_of(config: Config) -> str:
     """The command that starts the same run again, in a folder of its own."""
     words = ["python", "main.py"]
+    usual = asdict(Config(dataset=config.dataset)) | {"dataset": Config.dataset}
     for item in fields(Config):
         value = getattr(config, item.name)
-        if value == item.default or item.name in PLACES:
+        if value == usual[item.name] or item.name in PLACES:
             continue
         name = item.name.replace("_", "-")
-        if item.type is bool:
+        if isinstance(value, bool):
             words.append(f"--{'' if value else 'no-'}{name}")
         else:
             words += [f"--{name}", str(value)]
@@ -238,7 +241,7 @@ def add_flag(parser: argparse.ArgumentParser, item, kind: type) -> None:
     flag = "--" + item.name.replace("_", "-")
     help = f"{item.metadata['help']} (default: {item.default})".replace("%", "%%")
     common = {"dest": item.name, "default": argparse.SUPPRESS, "help": help}
-    if kind is bool:
+    if bool in (kind, *typing.get_args(kind)):
         parser.add_argument(flag, action=argparse.BooleanOptionalAction, **common)
         return
     plain = next(k for k in (typing.get_args(kind) or (kind,)) if k is not type(None))

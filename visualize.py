@@ -182,7 +182,7 @@ def plot_confusion_matrix(predictions: Predictions, classes: Sequence[str]) -> F
     labels = range(len(classes))
     counts = confusion_matrix(predictions.labels, predictions.predicted, labels=labels)
     shares = counts / np.maximum(counts.sum(1, keepdims=True), 1)
-    side = max(5.0, 0.62 * len(classes) + 1.4)
+    side = max(5.0, (0.62 if len(classes) <= 20 else 0.17) * len(classes) + 1.4)
     with matplotlib.rc_context(STYLE | {"axes.grid": False}):
         figure = Figure(figsize=(side + 0.8, side), layout="constrained")
         axis = figure.subplots()

@@ -61,6 +61,7 @@ def test_flags_have_the_types_of_their_fields(flags, field, value):
         (["--padding", "32"], "padding must be under the image side, 32, not 32"),
         (["--seed", "-1"], "seed must be at least 0"),
         (["--model", "resnet18", "--dropout", "0.1"], "dropout and bias are custom_resnet's"),
+        (["--dataset", "svhn", "--image-size", "64"], "the folder dataset's; svhn is 32 px"),
         (["--image-size", "64"], "image_size is the folder dataset's"),
         (["--epoch", "3"], "unrecognized arguments: --epoch 3"),
     ],
@@ -74,12 +75,25 @@ def test_bad_input_is_one_line_and_exit_code_2(flags, message, capsys):
 
 
 @pytest.mark.parametrize(
-    "flags", [[], ["--recipe", "demo"], ["--no-flip", "--bias", "--lr", "0.1", "--data", "a b"]]
+    "flags",
+    [
+        [],
+        ["--dataset", "svhn"],
+        ["--dataset", "svhn", "--flip"],
+        ["--recipe", "demo"],
+        ["--no-flip", "--bias", "--lr", "0.1", "--data", "a b"],
+    ],
 )
 def test_the_command_of_a_run_describes_the_same_run(flags):
     config = parse_config(flags)
     words = shlex.split(command_of(config))
     assert words[:2] == ["python", "main.py"] and parse_config(words[2:]) == config
+
+
+def test_digits_are_not_mirrored_unless_asked_for():
+    assert Config().flip and Config(dataset="cifar100").flip and not Config(dataset="svhn").flip
+    assert Config(dataset="svhn", flip=True).flip and not Config(flip=False).flip
+    assert "flip" not in command_of(Config(dataset="svhn")) and "flip" not in command_of(Config())
 
 
 def test_every_choice_is_accepted():

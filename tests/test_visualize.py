@@ -1,4 +1,5 @@
 import copy
+import itertools
 
 import numpy as np
 import pytest
@@ -115,6 +116,16 @@ def test_the_confusion_matrix_keeps_classes_that_never_occur():
     figure = visualize.plot_confusion_matrix(predictions, CLASSES)
     assert figure.axes[0].images[0].get_array().shape == (10, 10)
     assert len(figure.axes[0].texts) == 100
+
+
+def test_a_hundred_classes_fit_a_figure_without_overlap():
+    labels = np.arange(100)
+    predictions = Predictions(np.eye(100, dtype=np.float32), labels)
+    figure = visualize.plot_confusion_matrix(predictions, [f"class {k}" for k in labels])
+    figure.canvas.draw()
+    assert max(figure.get_size_inches()) < 20
+    boxes = [label.get_window_extent() for label in figure.axes[0].get_yticklabels()]
+    assert all(upper.y0 >= lower.y1 for upper, lower in itertools.pairwise(boxes))
 
 
 # Grad-CAM
