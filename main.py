@@ -5,6 +5,7 @@ python main.py test RUN                    evaluate a run folder or a weights fi
 python main.py predict IMAGE...            classes and probabilities of image files
 python main.py find-lr --recipe quick      the range test alone
 python main.py report RUN                  write a run's report again
+python main.py compare RUN RUN...          a table of runs, and their curves in one figure
 """
 
 import contextlib
@@ -13,13 +14,15 @@ import functools
 import itertools
 import json
 import math
+import re
 import shutil
 import signal
+import statistics
 import sys
 import threading
 import time
 from collections.abc import Iterator
-from dataclasses import asdict, replace
+from dataclasses import asdict, fields, replace
 from pathlib import Path
 
 import numpy as np
@@ -30,7 +33,7 @@ from torch.optim.swa_utils import get_ema_multi_avg_fn
 from tqdm import tqdm
 
 from checkpoint import Checkpoints, check_same_run, load_checkpoint, load_weights
-from config import CHOICES, Config, make_parser, parse_config
+from config import CHOICES, PLACES, Config, make_parser, parse_config
 from data import EpochSampler, Loaders, load_split, make_loader, make_loaders, read_image
 from files import lock_folder, reason, write_whole
 from models import make_model
@@ -893,9 +896,7 @@ def report_command(argv: list[str]) -> None:
     folder = Path(given.weights)
     with bad_input_refused():
         model, card, device = read_model(given)
-        if not (folder / "history.json").is_file():
-            raise ValueError(f"{folder} is no run folder: it has no history.json")
-        check_files(folder)
+        read_files(folder, "config.json", "environment.json", "history.json")
         config = run_config(card, given)
         loaders = make_loaders(config, device)
         if loaders.train.dataset.split.digest() != card["data_sha256"]:
@@ -903,18 +904,105 @@ def report_command(argv: list[str]) -> None:
     report_run(config, device, loaders, model, folder)
 
 
-def check_files(folder: Path) -> None:
-    """Refuse a run folder whose JSON files are not what this package writes, naming the file."""
+def read_files(folder: Path, *names: str) -> list:
+    """JSON files of a run folder as what they describe: `Config`, machine, `History`.
+
+    Raises:
+        ValueError: one is not there, or not what this package writes; it is named.
+    """
     readers = {
         "config.json": lambda path: Config(**json.loads(path.read_text(encoding="utf-8"))),
         "environment.json": lambda path: json.loads(path.read_text(encoding="utf-8"))["machine"],
         "history.json": lambda path: History.load(path.parent),
     }
-    for name, read in readers.items():
+    found = []
+    for name in names:
         try:
-            read(folder / name)
+            found.append(readers[name](folder / name))
+        except (FileNotFoundError, NotADirectoryError):
+            raise ValueError(f"{folder} is no run folder: it has no {name}") from None
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise ValueError(f"{folder / name} is not what a run writes ({error})") from None
+    return found
+
+
+def compare_command(argv: list[str]) -> None:
+    """main.py compare RUN RUN...: a table of runs and a figure of their curves; no model is loaded."""
+    from visualize import plot_comparison
+
+    parser = make_parser("main.py compare", "Compare runs: a table, and their curves in one figure.")
+    parser.add_argument("runs", nargs="+", help="run folders, two or more")
+    parser.add_argument("--output", help="figure to write (default: compare.png beside the first run)")
+    given = parser.parse_args(argv)
+    runs = read_runs(given.runs)
+    path = Path(given.output or Path(given.runs[0]).resolve().parent / "compare.png")
+    with bad_input_refused():
+        plot_comparison({name: history for name, (_, history, _) in runs.items()}).savefig(path)
+    print_columns(comparison(runs), shutil.get_terminal_size().columns)
+    print(f"figure {path}")
+
+
+def read_runs(folders: list[str]) -> dict[str, tuple[Config, History, str]]:
+    """Configuration, history and number of parameters of run folders.
+
+    Returns:
+        They, by the folder's name, or by its path where two have the same name.
+
+    Raises:
+        ValueError: fewer than two folders, or one that is no run folder or has no epoch yet.
+    """
+    paths = list(dict.fromkeys(map(Path, folders)))
+    if len(paths) < 2:
+        raise ValueError(f"compare needs two runs or more, not {len(paths)}")
+    names = [path.resolve().name for path in paths]
+    runs = {}
+    for path, name in zip(paths, names, strict=True):
+        config, history = read_files(path, "config.json", "history.json")
+        if not history.epochs:
+            raise ValueError(f"{path} has no finished epoch to compare")
+        summary = path / "summary.txt"
+        text = summary.read_text(encoding="utf-8") if summary.is_file() else ""
+        parameters = re.search(r"Total params: ([\d,]+)", text)
+        label = name if names.count(name) == 1 else str(path)
+        runs[label] = config, history, parameters[1] if parameters else "?"
+    return runs
+
+
+def comparison(runs: dict[str, tuple[Config, History, str]]) -> list[list[str]]:
+    """Rows of a table with a column for each run; of the settings, those that differ."""
+    configs, histories, parameters = zip(*runs.values(), strict=True)
+    last = [history.epochs[-1] for history in histories]
+    done = [
+        f"{row.epoch}" if row.epoch == config.epochs else f"{row.epoch} of {config.epochs}"
+        for row, config in zip(last, configs, strict=True)
+    ]
+    rows = [["run", *runs], ["model", *(config.model for config in configs)]]
+    rows += [["parameters", *parameters], ["epochs", *done]]
+    for name in [item.name for item in fields(Config) if item.name not in ("model", "epochs", "data")]:
+        values = [getattr(config, name) for config in configs]
+        if name not in PLACES and len(set(values)) > 1:
+            rows.append([name, *("none" if value is None else str(value) for value in values)])
+    rows.append(["peak rate", *(f"{max(history.lrs):.3g}" for history in histories)])
+    for part in ("train", "val", "test"):
+        stats = [row.stats().get(part) for row in last]
+        if any(stats):
+            rows.append([f"{part} loss", *(f"{s.loss:.4f}" if s else "" for s in stats)])
+            rows.append([f"{part} accuracy", *(f"{s.accuracy:.2%}" if s else "" for s in stats)])
+    rows.append(["seconds", *(f"{sum(row.seconds for row in h.epochs):,.0f}" for h in histories)])
+    speeds = [statistics.median(row.images_per_second for row in h.epochs) for h in histories]
+    return [*rows, ["images/s", *(f"{speed:,.0f}" for speed in speeds)]]
+
+
+def print_columns(rows: list[list[str]], width: int) -> None:
+    """Print a table whose first column names the rows, in lots of as many columns as `width` holds."""
+    head = max(len(row[0]) for row in rows)
+    cell = 2 + max(len(text) for row in rows for text in row[1:])
+    count = max(1, (width - head) // cell)
+    for first in range(1, len(rows[0]), count):
+        for name, *cells in rows:
+            shown = cells[first - 1 : first - 1 + count]
+            print(f"{name:<{head}}" + "".join(f"{text:>{cell}}" for text in shown))
+        print()
 
 
 def model_parser(command: str, description: str, shipped: bool = True):
@@ -955,6 +1043,7 @@ COMMANDS = {
     "predict": predict_command,
     "find-lr": find_lr_command,
     "report": report_command,
+    "compare": compare_command,
 }
 
 

@@ -21,6 +21,7 @@ from utils import History, LRFinderResult, Predictions, finite_losses, smooth
 
 # Okabe and Ito's colours, told apart with every kind of colour vision.
 COLORS = ("#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9")
+MARKS = ("o", "s", "^", "D", "v")  # five and six: thirty runs until colour and mark repeat together
 STYLE = {
     "font.size": 10,
     "axes.titlesize": 11,
@@ -118,6 +119,41 @@ def plot_history(histories: dict[str, History]) -> Figure:
             axis.legend()
         axes[1].yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
     return figure
+
+
+def plot_comparison(histories: dict[str, History]) -> Figure:
+    """Loss and accuracy of several runs over each other, each with a colour and a mark of its own.
+
+    Solid lines are the test set, or the validation set where a run had one; thin dashed lines are
+    training.
+    """
+    height = 3.9 + 0.24 * -(-len(histories) // 2)
+    with matplotlib.rc_context(STYLE):
+        figure = Figure(figsize=(10, height), layout="constrained")
+        axes = figure.subplots(1, 2)
+        looks = zip(itertools.cycle(COLORS), itertools.cycle(MARKS), strict=False)
+        for history, (color, mark) in zip(histories.values(), looks, strict=False):
+            draw_curves(axes, history, color, mark)
+        for axis, metric in zip(axes, ("loss", "accuracy"), strict=True):
+            axis.set(xlabel="epoch", title=f"{metric.capitalize()} (dashed: training)")
+            axis.xaxis.get_major_locator().set_params(integer=True)
+        axes[1].yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
+        lines = [line for line in axes[1].lines if line.get_linestyle() == "-"]
+        labels = [f"{name}: {line.get_label()}" for name, line in zip(histories, lines, strict=True)]
+        figure.legend(lines, labels, loc="outside lower center", ncols=2)
+    return figure
+
+
+def draw_curves(axes, history: History, color: str, mark: str) -> None:
+    """A run's loss and accuracy on two axes; the solid line's label is its last accuracy."""
+    part = "val" if "val" in history.epochs[0].stats() else "test"
+    epochs = [row.epoch for row in history.epochs]
+    for axis, metric in zip(axes, ("loss", "accuracy"), strict=True):
+        trained = [getattr(row, f"train_{metric}") for row in history.epochs]
+        judged = [getattr(row, f"{part}_{metric}") for row in history.epochs]
+        axis.plot(epochs, trained, "--", color=color, linewidth=1, alpha=0.6)
+        style = {"color": color, "marker": mark, "markersize": 5, "linewidth": 2}
+        axis.plot(epochs, judged, "-", label=f"{part} {last(judged[-1], metric)}", **style)
 
 
 def last(value: float, metric: str) -> str:
