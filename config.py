@@ -101,7 +101,7 @@ class Config:
         if self.flip is None:
             object.__setattr__(self, "flip", self.dataset != "svhn")
         for name, choices in CHOICES.items():
-            _choose(name, getattr(self, name), choices)
+            choose(name, getattr(self, name), choices)
         for name, low, high in _RANGES:
             _in_range(name, getattr(self, name), low, high)
         if self.lr is not None and not (math.isfinite(self.lr) and self.lr > 0):
@@ -167,7 +167,12 @@ _RANGES = (
 )
 
 
-def _choose(name: str, value: str, choices) -> None:
+def choose(name: str, value: str, choices) -> None:
+    """Refuse a value that is not among the choices, and name the nearest one.
+
+    Raises:
+        ValueError: one line.
+    """
     if value not in choices:
         near = difflib.get_close_matches(str(value), choices, 1)
         hint = f"; did you mean {near[0]}?" if near else ""
@@ -214,7 +219,7 @@ def parse_config(argv: list[str], prog: str = "main.py", epilog: str = "") -> Co
     given = vars(parser.parse_args(argv))
     try:
         recipe = given.pop("recipe")
-        _choose("recipe", recipe, RECIPES)
+        choose("recipe", recipe, RECIPES)
         return Config(**{**RECIPES[recipe], **given})
     except ValueError as error:
         parser.error(str(error))

@@ -6,6 +6,7 @@ python main.py predict IMAGE...            classes and probabilities of image fi
 python main.py find-lr --recipe quick      the range test alone
 python main.py report RUN                  write a run's report again
 python main.py compare RUN RUN...          a table of runs, and their curves in one figure
+python main.py export RUN                  an ONNX file (or --format torch) that answers the same
 """
 
 import contextlib
@@ -33,7 +34,7 @@ from torch.optim.swa_utils import get_ema_multi_avg_fn
 from tqdm import tqdm
 
 from checkpoint import Checkpoints, check_same_run, load_checkpoint, load_weights
-from config import CHOICES, PLACES, Config, make_parser, parse_config
+from config import CHOICES, PLACES, Config, choose, make_parser, parse_config
 from data import EpochSampler, Loaders, load_split, make_loader, make_loaders, read_image
 from files import lock_folder, reason, write_whole
 from models import make_model
@@ -1005,6 +1006,34 @@ def print_columns(rows: list[list[str]], width: int) -> None:
         print()
 
 
+def export_command(argv: list[str]) -> None:
+    """main.py export RUN: the network as a file that runs without this package, and answers the same."""
+    from export import FORMATS, export_model, metadata_of
+
+    parser = make_parser(
+        "main.py export", "Write a network for other programs, checked against the original."
+    )
+    parser.add_argument("weights", nargs="?", default=SHIPPED, help="as in test (default: %(default)s)")
+    parser.add_argument("--format", default="onnx", help=f"{', '.join(FORMATS)} (default: onnx)")
+    parser.add_argument("--output", help="file to write (default: model.onnx or model.pt2 in the run)")
+    given = parser.parse_args(argv)
+    model, card = load_weights(given.weights)
+    choose("format", given.format, FORMATS)
+    source = Path(given.weights)
+    source = source / "model" if source.is_dir() else source
+    path = Path(given.output or source.with_suffix(FORMATS[given.format]))
+    if not path.parent.is_dir():
+        raise ValueError(f"there is no folder {path.parent}")
+    images = load_split("cifar10-sample", "test").images[::10]
+    grid = np.arange(card["image_size"]) * images.shape[1] // card["image_size"]
+    images = images[:, grid][:, :, grid]
+    with bad_input_refused():
+        difference = export_model(path, model, card, given.format, images)
+    print(f"{path}: {path.stat().st_size / 1e6:.1f} MB of {given.format}")
+    print(*(f"  {name}: {text}" for name, text in metadata_of(card).items()), sep="\n")
+    print(f"checked on {len(images)} images: logits differ by {difference:.1e} at most")
+
+
 def model_parser(command: str, description: str, shipped: bool = True):
     """The flags that every command with saved weights has; those in weights/ need not be named."""
     parser = make_parser(f"main.py {command}", description)
@@ -1044,6 +1073,7 @@ COMMANDS = {
     "find-lr": find_lr_command,
     "report": report_command,
     "compare": compare_command,
+    "export": export_command,
 }
 
 

@@ -158,7 +158,7 @@ class BatchProgram(NamedTuple):
         columns = np.stack([columns, columns[::-1]] if self.flip else [columns])[:, None]
         outside = (rows < 0) | (columns < 0)
         source = np.where(outside, height * width, rows * width + columns)  # (1 or 2, H', W')
-        pixels = torch.from_numpy(images).to(device).view(count, height * width, channels)
+        pixels = torch.from_numpy(images).to(device).reshape(count, height * width, channels)
         if outside.any():
             fill = constant(self.border_fill, pixels.device).to(torch.uint8)
             pixels = torch.cat([pixels, fill.expand(count, 1, channels)], dim=1)

@@ -15,6 +15,7 @@ FLOORS = {
     "utils": 1,
     "checkpoint": 2,
     "visualize": 2,
+    "export": 2,
     "report": 3,
     "main": 4,
     "hubconf": 5,
@@ -45,6 +46,7 @@ PUBLIC = {
         "plot_gradcam",
         "plot_confusion_matrix",
     },
+    "export": {"export_model"},
     "report": {"write_report"},
     "main": {"train", "test", "fit_model", "predict", "run", "main"},
 }
