@@ -47,9 +47,13 @@ RECIPES = {
 }
 
 
-def setting(default, help: str):
-    """A field with its one default and its one help text."""
-    return field(default=default, metadata={"help": help})
+def setting(default, help: str, group: str = ""):
+    """A field with its one default and its one help text, of one line at 100 columns.
+
+    Args:
+        group: title of the part of --help that begins here; the fields that follow belong to it.
+    """
+    return field(default=default, metadata={"help": help, "group": group})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,31 +64,37 @@ class Config:
         ValueError: a field is out of range; the message names the field, the value and what is allowed.
     """
 
-    model: str = setting("custom_resnet", "network")
+    model: str = setting("custom_resnet", "network", group="model")
     width: int = setting(64, "channels of the network's first layer")
     dropout: float = setting(0.0, "probability before the linear layer; custom_resnet only")
     bias: bool = setting(False, "biases in the convolutions; custom_resnet only")
-    dataset: str = setting("cifar10", "what to train on")
+    dataset: str = setting("cifar10", "what to train on", group="data")
     data: str = setting("datasets", "folder that holds the dataset, or to download it to")
     image_size: int = setting(32, "side that a folder's images are resized to, pixels")
     val_split: float = setting(0.0, "fraction of the training images held out for validation")
-    epochs: int = setting(24, "passes over the training images")
+    epochs: int = setting(24, "passes over the training images", group="training")
     batch_size: int = setting(512, "images per step")
-    optimizer: str = setting("adam", "update rule; sgd has Nesterov momentum 0.9")
+    optimizer: str = setting("adam", "update rule, sgd with Nesterov momentum 0.9")
     weight_decay: float = setting(0.0, "L2 penalty, not on norms and biases; decoupled with adamw")
     head_rate: float = setting(1.0, "rate of the last linear layer, as a share of the others'")
     scheduler: str = setting("onecycle", "learning-rate schedule")
     lr: float | None = setting(None, "peak learning rate; none: found by the range test")
-    lr_rule: str = setting("minimum", "which suggestion of the range test to use")
+    lr_rule: str = setting("minimum", "range test's suggestion")
     peak_epoch: float = setting(5.0, "epoch at whose end the rate peaks")
     label_smoothing: float = setting(0.0, "share of each target spread over all classes")
     average: float = setting(0.0, "what a running average of the weights keeps per step; 0: no average")
-    padding: int = setting(4, "reflected border before the random crop, pixels; 0: no crop")
-    flip: bool | None = setting(None, "mirror half of the images; none: unless they are svhn's digits")
+    padding: int = setting(
+        4, "reflected border before the random crop, pixels; 0: no crop", group="augmentation"
+    )
+    flip: bool | None = setting(None, "mirror half of the images; svhn's digits only with --flip")
     cutout: int = setting(8, "side of the erased square, pixels; 0: none")
     grayscale: float = setting(0.0, "probability of turning an image grey")
     tta: bool = setting(False, "at the end, average the logits of each image and of its mirror image")
-    workers: int = setting(0, "processes to augment in image by image; 0: whole batches, other draws")
+    workers: int = setting(
+        0,
+        "processes to augment in image by image; 0: whole batches, other draws",
+        group="where and how it runs",
+    )
     precision: str = setting("auto", "number format of the forward pass")
     compile: bool = setting(False, "torch.compile the network: minutes at first, then faster on a GPU")
     device: str = setting("auto", "cpu, cuda, cuda:1, mps; auto: the fastest there is")
@@ -174,9 +184,14 @@ def choose(name: str, value: str, choices) -> None:
         ValueError: one line.
     """
     if value not in choices:
-        near = difflib.get_close_matches(str(value), choices, 1)
-        hint = f"; did you mean {near[0]}?" if near else ""
-        raise ValueError(f"unknown {name} {value!r}; choose from {', '.join(choices)}{hint}")
+        listed = ", ".join(choices)
+        raise ValueError(f"unknown {name} {value!r}; choose from {listed}{nearest(value, choices)}")
+
+
+def nearest(value: str, choices) -> str:
+    """The choice that a misspelt value was probably meant to be, as the end of a message."""
+    near = difflib.get_close_matches(str(value), choices, 1)
+    return f"; did you mean {near[0]}?" if near else ""
 
 
 def _in_range(name: str, value, low, high) -> None:
@@ -187,35 +202,45 @@ def _in_range(name: str, value, low, high) -> None:
         raise ValueError(f"{name} must be at least {low}{upper}, not {value}")
 
 
-def make_parser(prog: str, description: str) -> argparse.ArgumentParser:
-    """A parser whose errors are one line and exit code 2."""
+def make_parser(prog: str, description: str, usage: str | None = None) -> argparse.ArgumentParser:
+    """A parser whose errors are one line, exit code 2, and name the nearest flag."""
     parser = argparse.ArgumentParser(
         prog=prog,
+        usage=usage,
         description=description,
         allow_abbrev=False,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=29),
     )
-    parser.error = lambda message: parser.exit(2, f"{prog}: {message}\n")
+
+    def refuse(message: str) -> None:
+        words = message.partition("unrecognized arguments: ")[2].split()
+        flags = [word.partition("=")[0] for word in words if word.startswith("-")]
+        hint = nearest(flags[0], parser._option_string_actions) if flags else ""
+        parser.exit(2, f"{prog}: {message}{hint}\n")
+
+    parser.error = refuse
     return parser
 
 
-def parse_config(argv: list[str], prog: str = "main.py", epilog: str = "") -> Config:
+def parse_config(argv: list[str], prog: str = "main.py", usage: str | None = None) -> Config:
     """Read a run from flags: the recipe's fields, then whatever the flags override.
 
     Raises:
         SystemExit: 2, after one line on stderr that names the flag and what is allowed.
     """
-    parser = make_parser(prog, "Train a network and write its report.")
-    parser.epilog = epilog
+    parser = make_parser(prog, "Each flag is shown with its default.", usage or f"{prog} [flags]")
     parser.add_argument(
         "--recipe",
         default="custom_resnet",
-        metavar="{" + ",".join(RECIPES) + "}",
-        help="named starting point that the other flags override (default: custom_resnet)",
+        metavar="custom_resnet",
+        help=f"starting point: {', '.join(RECIPES)}",
     )
     types = typing.get_type_hints(Config)
+    group = parser
     for item in fields(Config):
-        add_flag(parser, item, types[item.name])
+        if item.metadata["group"]:
+            group = parser.add_argument_group(item.metadata["group"])
+        add_flag(group, item, types[item.name])
     given = vars(parser.parse_args(argv))
     try:
         recipe = given.pop("recipe")
@@ -241,15 +266,24 @@ def command_of(config: Config) -> str:
     return shlex.join(words)
 
 
-def add_flag(parser: argparse.ArgumentParser, item, kind: type) -> None:
-    """Turn a field of `Config` into a flag; a flag not given leaves no trace."""
-    flag = "--" + item.name.replace("_", "-")
-    help = f"{item.metadata['help']} (default: {item.default})".replace("%", "%%")
-    common = {"dest": item.name, "default": argparse.SUPPRESS, "help": help}
-    if bool in (kind, *typing.get_args(kind)):
-        parser.add_argument(flag, action=argparse.BooleanOptionalAction, **common)
+def add_flag(group, item, kind: type) -> None:
+    """Turn a field of `Config` into a flag of a parser's group; a flag not given leaves no trace.
+
+    The help shows the default in the value's place, and of --FLAG and --no-FLAG the one that changes it.
+    """
+    name = item.name.replace("_", "-")
+    choices = CHOICES.get(item.name)
+    switch = bool in (kind, *typing.get_args(kind))
+    on = switch and item.default is not False
+    help = f"{'do not ' if on else ''}{item.metadata['help']}"
+    help += f": {', '.join(choices)}" if choices else ""
+    common = {"dest": item.name, "default": argparse.SUPPRESS, "help": help.replace("%", "%%")}
+    if switch:
+        shown, other = (f"--no-{name}", f"--{name}") if on else (f"--{name}", f"--no-{name}")
+        group.add_argument(shown, action="store_const", const=not on, **common)
+        common["help"] = argparse.SUPPRESS
+        group.add_argument(other, action="store_const", const=on, **common)
         return
     plain = next(k for k in (typing.get_args(kind) or (kind,)) if k is not type(None))
-    choices = CHOICES.get(item.name)
-    metavar = "{" + ",".join(choices) + "}" if choices else plain.__name__.upper()
-    parser.add_argument(flag, type=plain, metavar=metavar, **common)
+    metavar = plain.__name__.upper() if item.default is None else str(item.default)
+    group.add_argument(f"--{name}", type=plain, metavar=metavar, **common)

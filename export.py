@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from config import choose
 from files import write_whole
 from transforms import normalize
 
@@ -68,8 +69,7 @@ def export_model(
         FloatingPointError: the exported network answers something else.
         OSError: the file could not be written.
     """
-    if format not in FORMATS:
-        raise ValueError(f"unknown format {format!r}; choose from {', '.join(FORMATS)}")
+    choose("format", format, FORMATS)
     network = PixelsToLogits(model, card["mean"], card["std"])
     to_bytes, to_function = (onnx_bytes, run_onnx) if format == "onnx" else (torch_bytes, run_torch)
     example = torch.zeros(2, *images.shape[1:], dtype=torch.uint8)

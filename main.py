@@ -470,7 +470,7 @@ def make_optimizer(
     if name in ("adam", "adamw"):
         kind = torch.optim.Adam if name == "adam" else torch.optim.AdamW
         return kind(**common, betas=(0.9, 0.999))
-    raise ValueError(f"unknown optimizer {name!r}; choose from adam, adamw, sgd")
+    choose("optimizer", name, CHOICES["optimizer"])
 
 
 def to_device(images, labels, device: torch.device):
@@ -828,7 +828,12 @@ def bad_input_refused():
 
 def train_command(argv: list[str]) -> None:
     """main.py [train] [flags]."""
-    config = parse_config(argv, epilog=__doc__)
+    others = ", ".join(name for name in COMMANDS if name != "train")
+    usage = (
+        "main.py [flags]         train a network and write its report\n"
+        f"       main.py COMMAND --help  {others}"
+    )
+    config = parse_config(argv, usage=usage)
     with bad_input_refused():
         ready = prepare(config)
     carry_out(config, *ready)
@@ -1082,12 +1087,8 @@ def main(argv: list[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else argv
     named = bool(argv) and not argv[0].startswith("-")
     command, rest = (argv[0], argv[1:]) if named else ("train", argv)
-    if command not in COMMANDS:
-        print(
-            f"main.py: unknown command {command!r}; choose from {', '.join(COMMANDS)}", file=sys.stderr
-        )
-        return 2
     try:
+        choose("command", command, COMMANDS)
         COMMANDS[command](rest)
     except Stopped as stop:
         print(f"main.py: {stop}; --resume continues the run", file=sys.stderr)

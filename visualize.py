@@ -16,6 +16,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import PercentFormatter
 from torch import Tensor, nn
 
+from config import nearest
 from transforms import CIFAR10_MEAN, CIFAR10_STD, normalize
 from utils import History, LRFinderResult, Predictions, finite_losses, smooth
 
@@ -335,7 +336,7 @@ def check_layer(model: nn.Module, layer: str, image_size: int) -> None:
     shapes = map_shapes(model, image_size)
     allowed = ", ".join(f"{name} ({side} px)" for name, side in large_stages(shapes).items())
     if layer not in shapes:
-        raise ValueError(f"unknown layer {layer!r}; choose from {allowed}")
+        raise ValueError(f"unknown layer {layer!r}; choose from {allowed}{nearest(layer, shapes)}")
     height, width = shapes[layer][2:]
     if min(height, width) < SMALLEST_MAP:
         raise ValueError(

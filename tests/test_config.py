@@ -10,12 +10,49 @@ def test_no_flags_are_the_defaults():
     assert parse_config([]) == Config()
 
 
-def test_every_field_is_a_flag(capsys):
+def help_of(capsys, monkeypatch):
+    """The lines of --help on a screen of 100 columns."""
+    monkeypatch.setenv("COLUMNS", "100")
     with pytest.raises(SystemExit) as caught:
         parse_config(["--help"])
-    printed = capsys.readouterr().out
     assert caught.value.code == 0
-    assert [f.name for f in fields(Config) if f"--{f.name.replace('_', '-')}" not in printed] == []
+    return capsys.readouterr().out.splitlines()
+
+
+def test_every_field_is_a_flag_with_its_default_on_one_line(capsys, monkeypatch):
+    lines = help_of(capsys, monkeypatch)
+    for item in fields(Config):
+        flag, value = f"--{item.name.replace('_', '-')}", f" {item.default}"
+        if item.default is True or item.default is False:  # shown is the one that changes it
+            flag, value = flag.replace("--", "--no-") if item.default else flag, ""
+        elif item.default is None:
+            value = ""
+        (index,) = [k for k, line in enumerate(lines) if line.startswith(f"  {flag}{value} ")]
+        assert index + 1 == len(lines) or not lines[index + 1].startswith(" " * 20)
+
+
+def test_the_help_fits_a_screen_and_has_its_groups(capsys, monkeypatch):
+    lines = help_of(capsys, monkeypatch)
+    groups = [line[:-1] for line in lines if line.endswith(":") and not line.startswith(" ")]
+    assert groups[1:] == ["model", "data", "training", "augmentation", "where and how it runs"]
+    assert len(lines) <= 60 and max(map(len, lines)) <= 100
+
+
+@pytest.mark.parametrize(
+    ("flags", "hint"),
+    [
+        (["--epoch", "3"], "; did you mean --epochs?"),
+        (["--batch_size=3"], "; did you mean --batch-size?"),
+        (["--no-flp"], "; did you mean --no-flip?"),
+        (["--recipe", "qick"], "; did you mean quick?"),
+        (["--xyz"], "unrecognized arguments: --xyz"),
+        (["--epochs", "many"], "invalid int value: 'many'"),
+    ],
+)
+def test_a_misspelt_flag_or_recipe_is_answered_with_the_nearest(flags, hint, capsys):
+    with pytest.raises(SystemExit):
+        parse_config(flags)
+    assert capsys.readouterr().err.endswith(f"{hint}\n")
 
 
 @pytest.mark.parametrize("recipe", RECIPES)

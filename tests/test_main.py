@@ -536,6 +536,8 @@ def test_a_run_that_diverges_exits_with_1_and_keeps_what_it_had(tmp_path, capsys
 BAD = [
     (["--model", "vgg"], "unknown model"),
     (["fly"], "unknown command 'fly'; choose from train, test, predict, find-lr, report, compare, "),
+    (["tets"], "; did you mean test?"),
+    (["test", "RUN", "--presicion", "fp32"], "--presicion fp32; did you mean --precision?"),
     (["--recipe", "fast"], "unknown recipe"),
     (["--dataset", "mnist"], "unknown dataset"),
     (["--lr", "-1"], "lr must be positive"),

@@ -167,6 +167,7 @@ def test_a_map_under_5_by_5_is_refused_with_the_layers_that_are_allowed(tiny):
     [
         ("layer9", [0], "unknown layer 'layer9'; choose from prep"),
         ("linear", [0], "unknown layer 'linear'"),
+        ("lyer2", [0], r"unknown layer 'lyer2'.*; did you mean layer2\?"),
         ("layer2", [99], "targets must be 0 to 9, not 99 to 99"),
         ("layer2", [0, 1], "2 targets for 1 images"),
     ],
