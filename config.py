@@ -68,7 +68,7 @@ class Config:
     width: int = setting(64, "channels of the network's first layer")
     dropout: float = setting(0.0, "probability before the linear layer; custom_resnet only")
     bias: bool = setting(False, "biases in the convolutions; custom_resnet only")
-    dataset: str = setting("cifar10", "what to train on", group="data")
+    dataset: str = setting("cifar10", "", group="data")
     data: str = setting("datasets", "folder that holds the dataset, or to download it to")
     image_size: int = setting(32, "side that a folder's images are resized to, pixels")
     val_split: float = setting(0.0, "fraction of the training images held out for validation")
@@ -82,21 +82,21 @@ class Config:
     lr_rule: str = setting("minimum", "range test's suggestion")
     peak_epoch: float = setting(5.0, "epoch at whose end the rate peaks")
     label_smoothing: float = setting(0.0, "share of each target spread over all classes")
-    average: float = setting(0.0, "what a running average of the weights keeps per step; 0: no average")
+    average: float = setting(0.0, "what a running average of weights keeps per step; 0: no average")
     padding: int = setting(
         4, "reflected border before the random crop, pixels; 0: no crop", group="augmentation"
     )
     flip: bool | None = setting(None, "mirror half of the images; svhn's digits only with --flip")
     cutout: int = setting(8, "side of the erased square, pixels; 0: none")
     grayscale: float = setting(0.0, "probability of turning an image grey")
-    tta: bool = setting(False, "at the end, average the logits of each image and of its mirror image")
+    tta: bool = setting(False, "judge at last by the logits of each image and its mirror image")
     workers: int = setting(
         0,
         "processes to augment in image by image; 0: whole batches, other draws",
         group="where and how it runs",
     )
     precision: str = setting("auto", "number format of the forward pass")
-    compile: bool = setting(False, "torch.compile the network: minutes at first, then faster on a GPU")
+    compile: bool = setting(False, "torch.compile the network: slow at first, then faster on a GPU")
     device: str = setting("auto", "cpu, cuda, cuda:1, mps; auto: the fastest there is")
     seed: int = setting(0, "of weights, order and augmentation")
     deterministic: bool = setting(False, "on CUDA, only kernels that repeat to the bit; slower")
@@ -275,8 +275,8 @@ def add_flag(group, item, kind: type) -> None:
     choices = CHOICES.get(item.name)
     switch = bool in (kind, *typing.get_args(kind))
     on = switch and item.default is not False
-    help = f"{'do not ' if on else ''}{item.metadata['help']}"
-    help += f": {', '.join(choices)}" if choices else ""
+    words = [item.metadata["help"], ", ".join(choices or ())]
+    help = ("do not " if on else "") + ": ".join(filter(None, words))
     common = {"dest": item.name, "default": argparse.SUPPRESS, "help": help.replace("%", "%%")}
     if switch:
         shown, other = (f"--no-{name}", f"--{name}") if on else (f"--{name}", f"--no-{name}")

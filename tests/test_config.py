@@ -23,8 +23,8 @@ def test_every_field_is_a_flag_with_its_default_on_one_line(capsys, monkeypatch)
     lines = help_of(capsys, monkeypatch)
     for item in fields(Config):
         flag, value = f"--{item.name.replace('_', '-')}", f" {item.default}"
-        if item.default is True or item.default is False:  # shown is the one that changes it
-            flag, value = flag.replace("--", "--no-") if item.default else flag, ""
+        if item.type in (bool, bool | None):  # shown is the one that changes it
+            flag, value = flag if item.default is False else flag.replace("--", "--no-"), ""
         elif item.default is None:
             value = ""
         (index,) = [k for k, line in enumerate(lines) if line.startswith(f"  {flag}{value} ")]
