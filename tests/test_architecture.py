@@ -20,8 +20,9 @@ FLOORS = {
     "main": 4,
     "hubconf": 5,
     "app": 5,
+    "lit": 5,
 }
-EXTRAS = {"app"}  # need more than requirements.txt
+EXTRAS = {"app", "lit"}  # need more than requirements.txt
 PUBLIC = {
     "config": {"Config", "RECIPES", "parse_config"},
     "models": {"MODELS", "make_model", "CustomResNet", "ResNet", "ResNet18", "ResNet34"},

@@ -1,0 +1,156 @@
+"""The package's networks, data and schedule for those who train with Lightning."""
+
+import warnings
+
+import torch
+from lightning.pytorch import LightningDataModule, LightningModule
+from lightning.pytorch.plugins import MixedPrecision
+from torch import Tensor
+from torch.nn import functional as F
+
+from config import Config
+from data import Loaders, make_loaders
+from main import make_optimizer, start_epoch
+from models import make_model
+from utils import find_lr, get_device, make_scaler, one_cycle, pick_precision, seed_everything
+
+
+class LitModel(LightningModule):
+    """A network, its loss, its optimizer and its schedule, as `config` says.
+
+    Logs train_loss, train_acc, val_loss, val_acc, test_loss, test_acc, means over all images of an
+    epoch, and lr, the rate that a step used. The Trainer decides on epochs, precision and device, see
+    `trainer_options`. Without dropout, which here draws from the global stream, the weights are those of
+    `fit_model`, bit for bit. A checkpoint of an epoch's end continues to the same bits, one from within
+    an epoch does not.
+
+    Args:
+        num_classes: K, the number of logits.
+
+    Raises:
+        ValueError: `config` wants what only `fit_model` does.
+    """
+
+    def __init__(self, config: Config, num_classes: int = 10):
+        super().__init__()
+        for name in ("average", "tta"):
+            if getattr(config, name):
+                raise ValueError(
+                    f"{name} is fit_model's, and must be off here, not {getattr(config, name)}"
+                )
+        self.config, self.num_classes = config, num_classes
+        seed_everything(config.seed, config.deterministic)
+        self.model = make_model(config.model, num_classes, **config.model_options)
+        self.model.to(memory_format=torch.channels_last)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Images (N, 3, H, W) -> logits (N, K)."""
+        return self.model(images)
+
+    def setup(self, stage: str) -> None:
+        """Refuse data of another number of classes."""
+        loaders = getattr(self.trainer.datamodule, "loaders", None)
+        if loaders and len(loaders.classes) != self.num_classes:
+            raise ValueError(f"num_classes must be {len(loaders.classes)}, not {self.num_classes}")
+
+    def on_train_epoch_start(self) -> None:
+        """Count epochs from 1, as our samplers do; Lightning has just told them its own, from 0."""
+        start_epoch(self.trainer.train_dataloader, self.current_epoch + 1)
+
+    def training_step(self, batch: tuple[Tensor, Tensor], index: int) -> Tensor:
+        """The loss of a batch."""
+        self.log("lr", self.optimizers().param_groups[0]["lr"], on_step=True, on_epoch=False)
+        return self.score("train", batch, self.config.label_smoothing)
+
+    def validation_step(self, batch: tuple[Tensor, Tensor], index: int) -> None:
+        """Loss and accuracy of a batch."""
+        self.score("val", batch)
+
+    def test_step(self, batch: tuple[Tensor, Tensor], index: int) -> None:
+        """Loss and accuracy of a batch."""
+        self.score("test", batch)
+
+    def score(self, part: str, batch: tuple[Tensor, Tensor], label_smoothing: float = 0.0) -> Tensor:
+        """The loss of a batch; it and the accuracy count once an image in the epoch's means."""
+        images, labels = batch
+        logits = self(images)
+        loss = F.cross_entropy(logits, labels, label_smoothing=label_smoothing)
+        accuracy = (logits.argmax(1) == labels).float().mean()
+        means = {f"{part}_loss": loss, f"{part}_acc": accuracy}
+        self.log_dict(means, on_step=False, on_epoch=True, prog_bar=True, batch_size=len(labels))
+        return loss
+
+    def configure_optimizers(self):
+        """The optimizer and a schedule over all the steps that the Trainer will take, one a batch."""
+        config, trainer = self.config, self.trainer
+        optimizer = make_optimizer(config.optimizer, self, config.lr or 1e-3, **config.optimizer_options)
+        steps = trainer.estimated_stepping_batches  # which loads the training data
+        high, low = config.lr, None
+        if high is None:
+            options = {"precision": config.precision, "label_smoothing": config.label_smoothing}
+            found = find_lr(self.model, self.device, trainer.train_dataloader, optimizer, **options)
+            high = found.suggestions[config.lr_rule]
+            low = min(found.suggestions["start"], high / 10)
+        if config.scheduler == "none":
+            for group in optimizer.param_groups:
+                group["lr"] = high * group.get("share", 1.0)
+            return optimizer
+        scheduler = one_cycle(
+            optimizer,
+            high,
+            min_lr=low,
+            epochs=trainer.max_epochs,
+            steps_per_epoch=-(-steps // trainer.max_epochs),
+            peak_epoch=config.peak_epoch,
+        )
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+
+class LitData(LightningDataModule):
+    """The loaders of a run, their batches made on the Trainer's device.
+
+    There is no validation without `config.val_split`: the test set is for `Trainer.test` alone.
+    """
+
+    def __init__(self, config: Config):
+        super().__init__()
+        self.config = config
+        self.loaders: Loaders | None = None
+
+    def setup(self, stage: str) -> None:
+        """Load the data once."""
+        # What advises more workers does not know that these batches need none.
+        warnings.filterwarnings("ignore", ".*does not have many workers")
+        if self.loaders is None:
+            self.loaders = make_loaders(self.config, self.trainer.strategy.root_device)
+
+    def train_dataloader(self):
+        """The training images, shuffled and augmented."""
+        return self.loaders.train
+
+    def val_dataloader(self):
+        """The images held out, if there are any."""
+        return self.loaders.validation or []
+
+    def test_dataloader(self):
+        """The test images."""
+        return self.loaders.test
+
+
+def trainer_options(config: Config) -> dict:
+    """Keyword arguments of a `Trainer` that trains as `config` says: epochs, precision, device."""
+    device = get_device(config.device)
+    dtype = pick_precision(config.precision, device)
+    options = {"precision": {torch.float32: "32-true", torch.bfloat16: "bf16-mixed"}.get(dtype)}
+    if dtype == torch.float16:  # Lightning's own scaler starts so high that first steps are skipped
+        options = {"plugins": MixedPrecision("16-mixed", device.type, make_scaler(device, dtype))}
+    return {
+        **options,
+        "accelerator": device.type,
+        "devices": [device.index or 0] if device.type == "cuda" else 1,
+        "max_epochs": config.epochs,
+        "limit_train_batches": config.max_train_batches,
+        "limit_val_batches": config.max_test_batches if config.val_split else 0,
+        "limit_test_batches": config.max_test_batches,
+        "log_every_n_steps": 10,
+    }
