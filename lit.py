@@ -153,4 +153,5 @@ def trainer_options(config: Config) -> dict:
         "limit_val_batches": config.max_test_batches if config.val_split else 0,
         "limit_test_batches": config.max_test_batches,
         "log_every_n_steps": 10,
+        "enable_model_summary": dtype == torch.float32,  # it warns of any other, and counts in 32 bits
     }
