@@ -1,6 +1,7 @@
 """Turns one finished run into a folder a person can read."""
 
 import json
+import textwrap
 from pathlib import Path
 
 import numpy as np
@@ -42,14 +43,14 @@ def write_report(folder: str | Path, model: nn.Module, loaders, predictions: Pre
     draw_training(folder, config, history, found, loaders)
     layers = draw_results(folder, model, loaders, predictions)
     parts = [
-        headline(config, environment, history, predictions),
-        data_section(loaders),
-        model_section((folder / "summary.txt").read_text(encoding="utf-8")),
+        headline(config, history, predictions, loaders.classes),
+        data_section(loaders, config),
+        model_section(config, model, (folder / "summary.txt").read_text(encoding="utf-8")),
         finder_section(config, found, history),
-        training_section(history),
+        training_section(config, history),
         classes_section(predictions, loaders.classes),
-        mistakes_section(predictions, layers),
-        configuration_section(config),
+        mistakes_section(predictions, layers, loaders.classes),
+        repeat_section(config, environment),
     ]
     path = folder / "report.md"
     write_whole(path, "\n\n".join(parts) + "\n")
@@ -115,8 +116,8 @@ def paragraphs(*parts: str) -> str:
     return "\n\n".join(parts)
 
 
-def headline(config: dict, environment: dict, history: History, predictions: Predictions) -> str:
-    """The result, and all that is needed to get it again."""
+def headline(config: dict, history: History, predictions: Predictions, classes) -> str:
+    """The result, and what one has to know to judge it."""
     row = history.epochs[-1]
     minutes = sum(row.seconds for row in history.epochs) / 60
     validation = [] if row.val_accuracy is None else [["validation accuracy", f"{row.val_accuracy:.2%}"]]
@@ -127,16 +128,48 @@ def headline(config: dict, environment: dict, history: History, predictions: Pre
         ["epochs", row.epoch],
         ["minutes of training and evaluation", f"{minutes:.1f}"],
         ["images a second in training, median", f"{median_speed(history):,.0f}"],
-        ["seed", config["seed"]],
-        ["machine", environment["machine"]],
-        ["versions", environment["versions"]],
     ]
     return paragraphs(
         f"# {config['model']} on {config['dataset']}: {predictions.accuracy:.2%}",
-        "Accuracy is that of the last epoch; nothing was chosen by looking at the test set.",
+        *warnings_of(config, history, predictions, classes),
+        " ".join(how_judged(config, history)),
         table(["", "this run"], facts),
-        f"To run it again:\n\n```\n{command_of(Config(**config))}\n```",
     )
+
+
+def warnings_of(config: dict, history: History, predictions: Predictions, classes) -> list[str]:
+    """What makes the result worth little: a network that is dead, or a run that was cut short."""
+    found = []
+    chance, last = float(np.log(len(classes))), history.epochs[-1]
+    answers = np.unique(predictions.predicted)
+    if len(answers) == 1:
+        found.append(f"the network is dead: it answers {classes[answers[0]]} for every test image")
+    peak = int(np.argmax([row.lr for row in history.epochs]))
+    after = history.epochs[peak + 1 :] or [last]
+    judged = [(row.epoch, list(row.stats().values())[1].loss) for row in after]
+    epochs = [str(epoch) for epoch, loss in judged if loss >= chance]
+    if epochs:
+        found.append(f"no better than guessing (loss {chance:.3f}) after epoch {', '.join(epochs)}")
+    if found:
+        found.append("a lower rate or fp32 may help")
+    if last.epoch < config["epochs"]:
+        found.append(f"this run stopped after {last.epoch} of {config['epochs']} epochs")
+    return [f"> **Warning:** {'; '.join(found)}."] if found else []
+
+
+def how_judged(config: dict, history: History) -> list[str]:
+    """Sentences on what the accuracy is of."""
+    said = ["Accuracy is that of the last epoch; nothing was chosen by looking at the test set."]
+    if config["average"]:
+        said.append(
+            "The weights are a running average over the run, "
+            f"which keeps {config['average']:g} of itself at each step."
+        )
+    if config["tta"]:
+        plain = history.epochs[-1].test_accuracy
+        beside = "" if plain is None else f"; without that, accuracy is {plain:.2%}"
+        said.append(f"The logits of each test image and of its mirror image are averaged{beside}.")
+    return said
 
 
 def median_speed(history: History) -> float:
@@ -144,7 +177,7 @@ def median_speed(history: History) -> float:
     return float(np.median([row.images_per_second for row in history.epochs]))
 
 
-def data_section(loaders) -> str:
+def data_section(loaders, config: dict) -> str:
     """What was trained on, and how it looks after augmentation."""
     sizes = [
         f"{len(loader.dataset.split):,} {name}"
@@ -158,13 +191,32 @@ def data_section(loaders) -> str:
         f"{' + '.join(sizes)} images of {len(split.classes)} classes, "
         f"{split.images.shape[2]} x {split.images.shape[1]} px. Normalised with mean {mean} "
         f"and standard deviation {std}.",
+        f"Each training image looks different in every epoch: {augmentation(config)}. Validation and "
+        "test images are only normalised. As it ran:",
+        f"```\n{textwrap.fill(loaders.train.dataset.describe(), 100)}\n```",
         figure("samples", "The first training batch as the network sees it, normalisation undone"),
     )
 
 
-def model_section(summary: str) -> str:
-    """Torchinfo's table."""
-    return f"## Network\n\n```\n{summary}\n```"
+def augmentation(config: dict) -> str:
+    """The random changes of a training image, in words."""
+    changes = {
+        f"shifted by up to {config['padding']} px, its border reflected": config["padding"],
+        "mirrored half of the time": config["flip"],
+        f"grey with a probability of {config['grayscale']:g}": config["grayscale"],
+        f"with a square of {config['cutout']} px blanked": config["cutout"],
+    }
+    return ", ".join(words for words, present in changes.items() if present) or "in its order alone"
+
+
+def model_section(config: dict, model: nn.Module, summary: str) -> str:
+    """What the network is, and torchinfo's table."""
+    count = sum(parameter.numel() for parameter in model.parameters())
+    return paragraphs(
+        "## Network",
+        f"`{config['model']}` at width {config['width']}: {count:,} parameters. For one image:",
+        f"```\n{summary}\n```",
+    )
 
 
 def finder_section(config: dict, found: LRFinderResult | None, history: History) -> str:
@@ -177,10 +229,13 @@ def finder_section(config: dict, found: LRFinderResult | None, history: History)
     ]
     return paragraphs(
         "## Learning rate",
-        f"A range test of {len(found.lrs)} steps on a copy of the network, from {found.lrs[0]:.0e} "
-        f"up. `start` is where the loss begins to fall. {schedule_line(config, history)}",
+        f"A range test ([Smith](https://arxiv.org/abs/1506.01186)) trained a copy of the network for "
+        f"{len(found.lrs)} steps, while the rate rose from {found.lrs[0]:.0e} to {found.lrs[-1]:.0e}. "
+        "Rules read its curve differently: start is where the loss begins to fall, steepest where it "
+        "falls fastest, valley half-way along the longest fall, minimum the floor.",
         table(["rule", "rate", "used as"], rows),
         figure("lr_finder", "Loss against learning rate"),
+        f"The rule `{config['lr_rule']}` gave the peak. {schedule_line(config, history)}",
     )
 
 
@@ -194,8 +249,8 @@ def schedule_line(config: dict, history: History) -> str:
     )
 
 
-def training_section(history: History) -> str:
-    """The log, the curves and the rate of every step."""
+def training_section(config: dict, history: History) -> str:
+    """How it was trained, the log, the curves and the rate of every step."""
     parts = ["train", "val", "test"] if "val" in history.epochs[0].stats() else ["train", "test"]
     heads = ["epoch", "lr", *(f"{part} {metric}" for part in parts for metric in ("loss", "acc"))]
     rows = []
@@ -207,10 +262,42 @@ def training_section(history: History) -> str:
         rows.append([*cells, f"{row.seconds:.1f}", f"{row.images_per_second:,.0f}"])
     return paragraphs(
         "## Training",
+        f"{method(config, history)} {gap(history)}",
         table([*heads, "seconds", "images/s"], rows),
         figure("curves", "Loss and accuracy by epoch"),
         figure("lr_history", "Learning rate by step"),
     )
+
+
+def method(config: dict, history: History) -> str:
+    """How long the network was trained, on what, by what."""
+    steps = len(history.lrs) // len(history.epochs)
+    options = {"weight decay": config["weight_decay"], "label smoothing": config["label_smoothing"]}
+    return (
+        f"{len(history.epochs)} epochs of {steps:,} steps, {config['batch_size']} images each, by "
+        + ", ".join([config["optimizer"], *(f"{name} {x:g}" for name, x in options.items() if x)])
+        + ", on the cross-entropy."
+    )
+
+
+def gap(history: History) -> str:
+    """What the last training and test accuracy say about each other."""
+    row = history.epochs[-1]
+    name, judged = list(row.stats().items())[1]
+    points = 100 * (row.train_accuracy - judged.accuracy)
+    name = "validation" if name == "val" else name
+    numbers = f"Training accuracy ended {abs(points):.1f} points"
+    if points <= 0:
+        return (
+            f"{numbers} under {name} accuracy, as the augmented images are the harder ones: the network "
+            "does not overfit, and more epochs or a larger one may gain."
+        )
+    if points > 5:
+        return (
+            f"{numbers} over {name} accuracy: the network overfits, and more training images or more "
+            "augmentation are likelier to help than more epochs."
+        )
+    return f"{numbers} over {name} accuracy: the network overfits little."
 
 
 def classes_section(predictions: Predictions, classes) -> str:
@@ -224,28 +311,65 @@ def classes_section(predictions: Predictions, classes) -> str:
         [name, f"{precision:.1%}", f"{recall:.1%}", f"{f1:.3f}", f"{count:,}"]
         for name, precision, recall, f1, count in zip(classes, *scores, strict=True)
     ]
+    easy, hard = (classes[int(pick(scores[1]))] for pick in (np.argmax, np.argmin))
     return paragraphs(
         "## Classes",
+        "Recall is the share of a class's images that are found, precision that of its answers that are "
+        f"right. Found best is {easy}, worst {hard}.",
         table(["class", "precision", "recall", "F1", "images"], rows),
         figure("confusion_matrix", "Confusion matrix"),
     )
 
 
-def mistakes_section(predictions: Predictions, layers: list[str]) -> str:
-    """Misclassified images, and where the network looked."""
+def confusions(predictions: Predictions, classes, count: int = 5) -> list[list]:
+    """Table rows of the pairs that are confused most, whichever way: a or b, a for b, b for a, share."""
+    wrong = predictions.misclassified()
+    pairs = np.zeros((len(classes), len(classes)), int)
+    np.add.at(pairs, (predictions.labels[wrong], predictions.predicted[wrong]), 1)
+    both = np.triu(pairs + pairs.T)
+    best = np.argsort(-both, axis=None, kind="stable")[:count]
+    chosen = [(a, b) for a, b in zip(*np.unravel_index(best, both.shape), strict=True) if both[a, b]]
+    return [
+        [f"{classes[a]}, {classes[b]}", pairs[a, b], pairs[b, a], f"{both[a, b] / len(wrong):.1%}"]
+        for a, b in chosen
+    ]
+
+
+def mistakes_section(predictions: Predictions, layers: list[str], classes) -> str:
+    """What is taken for what and how surely, misclassified images, and where the network looked."""
+    wrong, total = predictions.misclassified(), len(predictions.labels)
+    said = f"{len(wrong):,} of {total:,} test images are misclassified."
+    if not len(wrong):
+        return f"## Mistakes\n\n{said}"
+    rows = predictions.probabilities[wrong]
+    second = (np.argsort(-rows, axis=1)[:, 1] == predictions.labels[wrong]).mean()
+    sure = (rows.max(1) > 0.9).mean()
+    pairs = confusions(predictions, classes)
     cams = [figure(f"gradcam_{layer}", f"Grad-CAM at {layer}") for layer in layers]
     return paragraphs(
         "## Mistakes",
-        f"{len(predictions.misclassified()):,} of {len(predictions.labels):,} test images are "
-        "misclassified. Shown are those that the network was surest of.",
+        f"{said} In {second:.0%} of them the true class is the second guess; in {sure:.0%} the wrong "
+        "answer has a probability over 90%. Most often confused are:",
+        table(["a, b", "a taken for b", "b taken for a", "of all mistakes"], pairs),
+        "Shown are the mistakes that the network was surest of, each with the true class, the predicted "
+        "one and its probability.",
         figure("misclassified", "Most confident mistakes"),
-        "Grad-CAM shows where a layer sees evidence for a class, here for the true one and for the "
-        "one predicted instead.",
+        "Why? Grad-CAM ([Selvaraju et al.](https://arxiv.org/abs/1610.02391)) shows where a layer sees "
+        "evidence for a class, here for the true one and for the one predicted instead. Where both maps "
+        "lie on the object, its parts are shared by the classes, as with a cat and a dog; where the "
+        "predicted one's lies beside it, the background decided.",
         *cams,
     )
 
 
-def configuration_section(config: dict) -> str:
-    """Every field of the run."""
+def repeat_section(config: dict, environment: dict) -> str:
+    """The command, the machine, and every field of the run."""
     rows = [[name, "" if value is None else value] for name, value in config.items()]
-    return "## Configuration\n\n" + table(["field", "value"], rows)
+    return paragraphs(
+        "## To repeat it",
+        f"```\n{command_of(Config(**config))}\n```",
+        f"Seed {config['seed']}; {environment['machine']}; {environment['versions']}.",
+        "On a CPU, the same versions and number of threads give the same bits. Another seed gives "
+        "another result: one run cannot tell two settings apart whose results are close.",
+        table(["field", "value"], rows),
+    )

@@ -32,6 +32,7 @@ STYLE = {
     "grid.alpha": 0.3,
     "legend.frameon": False,
     "figure.dpi": 110,
+    "figure.constrained_layout.h_pad": 0.06,  # inches
 }
 SMALLEST_MAP = 5  # pixels: a class activation map under 5 x 5 shows where nothing is
 
@@ -69,15 +70,17 @@ def plot_misclassified(
 def mistake(predictions: Predictions, index: int, classes: Sequence[str]) -> str:
     """Title of one image: truth, prediction and its probability, on two lines."""
     true, predicted = predictions.labels[index], predictions.predicted[index]
-    return f"{classes[true]}\n→ {classes[predicted]} {predictions.probabilities[index, predicted]:.0%}"
+    return f"{classes[true]}\n→ {classes[predicted]} {predictions.probabilities[index, predicted]:.1%}"
 
 
 def gallery(images: np.ndarray, titles: Sequence[str], title: str) -> Figure:
-    """Images in rows of five or ten, each under its title; no images at all is a figure too."""
-    columns = 5 if len(images) <= 10 else 10
+    """Images in rows of five, or seven, each under its title; no images at all is a figure too.
+
+    At most 10 inches wide, so that no notebook shrinks the titles.
+    """
+    columns, inches = (5, 1.65) if len(images) <= 20 else (7, 1.4)
     rows = max(1, -(-len(images) // columns))
     with matplotlib.rc_context(STYLE):
-        inches = 1.75 if columns == 5 else 1.25
         height = inches + 0.08 + 0.15 * max((1 + name.count("\n") for name in titles), default=0)
         size = (inches * columns, height * rows + 0.4 * bool(title))
         figure = Figure(figsize=size, layout="constrained")
@@ -87,7 +90,7 @@ def gallery(images: np.ndarray, titles: Sequence[str], title: str) -> Figure:
             cell.set_axis_off()
         for cell, image, name in zip(cells, images, titles, strict=False):
             cell.imshow(image)
-            cell.set_title(name, fontsize=8.5, pad=3)
+            cell.set_title(name, fontsize=9, pad=3)
     return figure
 
 
@@ -396,4 +399,4 @@ def draw_cams(cells, image, maps, predictions: Predictions, index: int, classes)
         cell.imshow(overlay(image, heat))
         note = "" if heat.any() else ": no evidence"
         probability = predictions.probabilities[index, answer]
-        cell.set_title(f"{kind}{note}\n{classes[answer]} {probability:.0%}", fontsize=8.5, pad=3)
+        cell.set_title(f"{kind}{note}\n{classes[answer]} {probability:.1%}", fontsize=8.5, pad=3)

@@ -1,5 +1,6 @@
 import json
 import re
+from dataclasses import asdict, replace
 
 import numpy as np
 import pytest
@@ -8,8 +9,8 @@ import main
 from checkpoint import load_weights
 from config import Config, parse_config
 from data import make_loaders
-from report import write_report
-from utils import History, Predictions
+from report import confusions, how_judged, warnings_of, write_report
+from utils import Epoch, History, Predictions
 
 
 @pytest.fixture(scope="module")
@@ -34,7 +35,7 @@ def test_the_report_has_what_the_exercise_hands_in(finished):
         "Training",
         "Classes",
         "Mistakes",
-        "Configuration",
+        "To repeat it",
     ]
     figures = re.findall(r"!\[[^]]+\]\(figures/(\w+)\.png\)", text)
     assert figures == [
@@ -88,3 +89,54 @@ def stored(folder, name):
     content = json.loads((folder / f"{name}.json").read_text())
     content.pop("output", None)
     return content
+
+
+def make_history(*test_losses):
+    """Epochs whose rate rises in the first and falls from then on."""
+    rows = [
+        Epoch(
+            epoch=k,
+            lr=0.1 / k,
+            train_loss=1.0,
+            train_accuracy=0.5,
+            test_loss=loss,
+            test_accuracy=0.4,
+            seconds=1.0,
+            images_per_second=1.0,
+        )
+        for k, loss in enumerate(test_losses, 1)
+    ]
+    return History(rows, [row.lr for row in rows])
+
+
+def make_predictions(predicted, labels):
+    """Sure of each answer, out of three classes."""
+    return Predictions(np.eye(3, dtype=np.float32)[predicted], np.array(labels))
+
+
+@pytest.mark.parametrize(
+    ("losses", "predicted", "warning"),
+    [
+        ((9.0, 0.5, 0.4), [0, 1], None),  # the first epoch is the warm-up
+        ((1.0, 0.5, 0.4), [1, 1], "the network is dead: it answers b for every test image; a lower"),
+        ((1.0, 1.2, 0.4), [0, 1], "no better than guessing (loss 1.099) after epoch 2; a lower rate"),
+        ((1.0, 0.5), [0, 1], "this run stopped after 2 of 3 epochs."),
+    ],
+)
+def test_a_result_that_is_worth_little_comes_with_a_warning(losses, predicted, warning):
+    predictions = make_predictions(predicted, [0, 1])
+    found = warnings_of(asdict(Config(epochs=3)), make_history(*losses), predictions, "abc")
+    assert len(found) == (warning is not None) and (not found or warning in found[0])
+
+
+def test_averages_of_weights_and_of_mirror_images_are_owned_up_to():
+    plain, history = Config(), make_history(1.0)
+    assert len(how_judged(asdict(plain), history)) == 1
+    said = " ".join(how_judged(asdict(replace(plain, tta=True, average=0.99)), history))
+    assert "running average over the run, which keeps 0.99 of itself" in said
+    assert "mirror image are averaged; without that, accuracy is 40.00%." in said
+
+
+def test_confused_pairs_count_both_ways_and_the_worst_comes_first():
+    predictions = make_predictions([1, 1, 0, 2, 2, 0], [0, 0, 1, 1, 2, 0])
+    assert confusions(predictions, "abc") == [["a, b", 2, 1, "75.0%"], ["b, c", 1, 0, "25.0%"]]

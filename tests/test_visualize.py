@@ -53,7 +53,7 @@ def test_a_gallery_shows_as_many_mistakes_as_asked_with_truth_prediction_and_pro
     figure = visualize.plot_misclassified(sample.images, make_predictions(sample, 30), CLASSES, count)
     titles = texts(figure)
     assert len(titles) == count + 1
-    assert titles[0] == "a\n→ b 99%"
+    assert titles[0] == "a\n→ b 99.0%"
     assert titles[-1].startswith("30 of 200 misclassified (15.0%)")
 
 
@@ -96,7 +96,7 @@ def test_every_figure_is_a_figure_and_none_is_left_open(sample, tiny):
         visualize.plot_gradcam(tiny, sample.images, predictions, CLASSES, layer="layer1", count=3),
     ]
     for figure in figures:
-        assert isinstance(figure, Figure)
+        assert isinstance(figure, Figure) and figure.get_figwidth() <= 10  # the width of a notebook
         figure.canvas.draw()
     assert plt.get_fignums() == []
 
@@ -228,4 +228,4 @@ def test_grad_cam_figure_has_three_pictures_a_mistake(sample, tiny):
     titles = texts(figure)
     assert len(titles) == 3 * 4 + 1
     assert titles[0] == "#0" and titles[1].startswith("true") and titles[2].startswith("predicted")
-    assert titles[1].endswith("a 1%") and titles[2].endswith("b 99%")
+    assert titles[1].endswith("a 1.0%") and titles[2].endswith("b 99.0%")
