@@ -139,8 +139,8 @@ class Checkpoints:
         if self.run is not None:
             unlock_folder(self.run)
 
-    def start(self, resume: bool, device: torch.device) -> None:
-        """Begin with the newest checkpoint, or at the beginning.
+    def start(self, resume: bool, device: torch.device) -> "Checkpoints":
+        """Begin with the newest checkpoint, or at the beginning; returns itself, to be used by `with`.
 
         Raises:
             ValueError: the checkpoint is another run's, there is one and it is not to be continued, or
@@ -149,7 +149,7 @@ class Checkpoints:
         self.history, self.tally = History(), Tally.of(1, device)
         self.machine = {"device": device.type, **environment(device)}
         if self.folder is None:
-            return
+            return self
         self.folder.mkdir(parents=True, exist_ok=True)
         lock_folder(self.run)
         if not resume:
@@ -161,7 +161,7 @@ class Checkpoints:
             if resume:
                 print(f"nothing to resume in {self.folder}: the run begins")
             self.save()  # of the beginning: to begin again from these weights, whatever comes
-            return
+            return self
         try:
             check_same_run(state["card"], self.card)
             check_same("training", state["facts"], self.facts)
@@ -173,6 +173,7 @@ class Checkpoints:
             ) from None
         if self.tally.epoch > self.facts["epochs"]:
             self.save_epoch()  # all is done, but its folder may be a new one
+        return self
 
     def restore(self, state: dict, device: torch.device) -> None:
         """Load a state into the parts, history and tally."""

@@ -349,14 +349,13 @@ def fit_model(
     facts = facts_of(device, train_loader, max_train_batches, epochs=epochs, average=average, **options)
     check = functools.partial(check_finite, scaler=scaler)
     kept = Checkpoints(folder, parts, card, facts, mirror, checkpoint_seconds, check)
-    kept.start(resume, device)
     training = (model, device, train_loader, optimizer, scheduler, scaler)
     judging = (judged, device, val_loader, test_loader, epochs, precision, max_test_batches)
     with (
-        kept,
+        signals_noted() as signals,
+        kept.start(resume, device),
         event_log(folder, kept.history) as update_events,
         averaging(optimizer, model, judged, average),
-        signals_noted() as signals,
     ):
         try:
             while kept.tally.epoch <= epochs:

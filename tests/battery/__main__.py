@@ -23,6 +23,7 @@ import sys
 import tarfile
 import tempfile
 import time
+import traceback
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -249,9 +250,8 @@ def signalled_run(job: tuple[int, int]) -> tuple[bool, bool, bool]:
         folder = Path(root) / "run"
         process = start(folder, "--checkpoint-seconds", "1e9")  # at each epoch's end, and on a signal
         aim = rng.choice((0, 12, 24))
-        while small.newest(folder) < aim and process.poll() is None:
-            time.sleep(0.001)
-        while not (folder / "checkpoints").is_dir() and process.poll() is None:
+        first = folder / f"checkpoints/step-{aim:08d}.ckpt"
+        while not first.exists() and process.poll() is None:
             time.sleep(0.001)
         time.sleep(rng.random() * 0.2)
         landed = process.poll() is None
@@ -659,38 +659,54 @@ def render(results: dict) -> str:
     return "\n".join(lines)
 
 
-def battery() -> int:
-    """Run it all, print the table and write it as JSON; 0 if every promise held."""
+STAGES = {
+    "stops": stops,
+    "kills": lambda: kills(100),
+    "signals": lambda: signals(30),
+    "corruptions": corruptions,
+    "hostile": hostile,
+    "pickles": pickled_batches,
+    "injections": injections,
+    "races": lambda: races(50),
+    "input": bad_input,
+}
+
+
+def battery(names: list[str]) -> int:
+    """Run the stages named, or all, and write the table after each; 0 if every promise held.
+
+    The rows of stages that are not run again stay as they are.
+    """
     torch.set_num_threads(1)
-    rows, began = [], time.monotonic()
-    stages = [
-        stops,
-        lambda: kills(100),
-        lambda: signals(30),
-        corruptions,
-        hostile,
-        pickled_batches,
-        injections,
-        lambda: races(50),
-        bad_input,
-    ]
-    for stage in stages:
-        start = time.monotonic()
-        with contextlib.redirect_stdout(sys.stderr):
-            found = stage()
-        found = found if isinstance(found, list) else [found]
-        for row in found:
-            row.seconds = round((time.monotonic() - start) / len(found), 1)
-            print(
-                f"{'held' if row.held else 'BROKEN':>7}  {row.seconds:>7.1f} s  {row.fault}", flush=True
-            )
-        rows += found
-    minutes = (time.monotonic() - began) / 60
-    results = {**utils.environment(CPU), "minutes": minutes, "rows": [asdict(row) for row in rows]}
-    RESULTS.write_text(json.dumps(results, indent=1) + "\n")
+    rows = json.loads(RESULTS.read_text())["rows"] if names and RESULTS.exists() else []
+    broken = [name for name in names or STAGES if not run_stage(name, rows)]
+    results = json.loads(RESULTS.read_text())
     print(f"\n{render(results)}\n\nwritten to {RESULTS.relative_to(ROOT)}")
-    return 0 if all(row.held for row in rows) else 1
+    return 1 if broken else 0
+
+
+def run_stage(name: str, rows: list[dict]) -> bool:
+    """Replace a stage's rows among those of the others, and write them all; whether it held."""
+    start = time.monotonic()
+    try:
+        with contextlib.redirect_stdout(sys.stderr):
+            found = STAGES[name]()
+    except Exception:  # the other stages go on
+        traceback.print_exc()
+        print(f" BROKEN  {name}", flush=True)
+        return False
+    found = found if isinstance(found, list) else [found]
+    for row in found:
+        row.seconds = round((time.monotonic() - start) / len(found), 1)
+        print(f"{'held' if row.held else 'BROKEN':>7}  {row.seconds:>7.1f} s  {row.fault}", flush=True)
+    others = [row for row in rows if row["stage"] != name]
+    rows[:] = others + [{"stage": name, **asdict(row)} for row in found]
+    rows.sort(key=lambda row: list(STAGES).index(row["stage"]))
+    minutes = sum(row["seconds"] for row in rows) / 60
+    results = {**utils.environment(CPU), "minutes": minutes, "rows": rows}
+    RESULTS.write_text(json.dumps(results, indent=1) + "\n")
+    return all(row.held for row in found)
 
 
 if __name__ == "__main__":
-    sys.exit(battery())
+    sys.exit(battery(sys.argv[1:]))
