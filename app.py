@@ -31,10 +31,10 @@ from torch import nn
 
 from checkpoint import load_weights
 from config import make_parser
-from data import CLASSES, Split, load_split, make_loader, read_image
-from main import predict, predict_images, run_config
+from data import CLASSES, Split, read_image
+from main import DEFAULT_WEIGHTS, predict, predict_images, run_config, test_images
 from report import read_finder
-from transforms import normalize, test_transform
+from transforms import normalize
 from utils import History, Predictions, get_device
 from visualize import (
     cam_layers,
@@ -83,12 +83,9 @@ def open_shown(given) -> Shown:
     folder = Path(given.weights) if (Path(given.weights) / "history.json").is_file() else None
     if folder is None and given.data is None and card["classes"] == list(CLASSES):
         config = replace(config, dataset="cifar10-sample", image_size=32)
-    split = load_split(config.dataset, "test", config.data, image_size=config.image_size)
-    if list(split.classes) != card["classes"]:
-        raise ValueError(f"the weights know {card['classes']}, not {list(split.classes)}")
+    split, loader = test_images(config, card, device)
     print(f"judging {len(split):,} test images of {config.dataset}")
-    loader = make_loader(split, test_transform(card["mean"], card["std"]), device, config)
-    predictions = predict(model, device, loader, precision=config.precision)
+    predictions = predict(model, device, loader, precision=config.precision, tta=config.tta)
     return Shown(model, card, device, split, predictions, folder)
 
 
@@ -206,7 +203,7 @@ def plots(shown: Shown) -> str:
         history, test = History.load(shown.folder), read_finder(shown.folder)
         found["Loss and accuracy"] = plot_history({shown.card["model"]: history})
         found["Learning rate"] = plot_lr_history(history.lrs, len(history.lrs) // len(history.epochs))
-        if test:
+        if test and shown.card["config"]["lr"] is None:
             found["Range test"] = plot_lr_finder(test, shown.card["config"]["lr_rule"])
     parts = [] if found else [note("These weights came without their run: there are no curves.")]
     found["Confusion matrix"] = plot_confusion_matrix(shown.predictions, shown.split.classes)
@@ -365,7 +362,7 @@ def serve(page: gr.Blocks, host: str, port: int | None, share: bool) -> None:
 def main(argv: list[str] | None = None) -> int:
     """Open the page; 2 and one line on stderr where that cannot be."""
     parser = make_parser("app.py", __doc__)
-    parser.add_argument("weights", nargs="?", default="custom_resnet", help="run folder or weights file")
+    parser.add_argument("weights", nargs="?", default=DEFAULT_WEIGHTS, help="run folder or weights file")
     parser.add_argument("--data", help="folder of the run's dataset (default: the run's)")
     parser.add_argument("--device", default="auto", help="cpu, cuda, mps (default: auto)")
     parser.add_argument("--host", default="127.0.0.1", help="0.0.0.0: anyone in the network may use it")

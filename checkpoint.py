@@ -14,7 +14,7 @@ from safetensors.torch import save
 from torch import nn
 
 from config import Config
-from files import lock_folder, reason, unlock_folder, write_whole
+from files import lock_folder, reason, unlock_folder, unlocked_on_error, write_whole
 from models import MODELS, make_model
 from utils import Epoch, History, Tally, environment
 
@@ -132,6 +132,11 @@ class Checkpoints:
         self.machine: dict[str, str] = {}
         self.failure: OSError | None = None
 
+    @property
+    def steps(self) -> int:
+        """Updates done so far."""
+        return len(self.history.lrs) + self.tally.steps
+
     def __enter__(self) -> "Checkpoints":
         return self
 
@@ -152,6 +157,12 @@ class Checkpoints:
             return self
         self.folder.mkdir(parents=True, exist_ok=True)
         lock_folder(self.run)
+        with unlocked_on_error(self.run):
+            self.begin(resume, device)
+        return self
+
+    def begin(self, resume: bool, device: torch.device) -> None:
+        """`start`, in a folder that is this process's own."""
         if not resume:
             for folder in (self.folder, self.mirror):
                 if folder is not None and any(Path(folder).glob("step-*.ckpt")):
@@ -161,10 +172,10 @@ class Checkpoints:
             if resume:
                 print(f"nothing to resume in {self.folder}: the run begins")
             self.save()  # of the beginning: to begin again from these weights, whatever comes
-            return self
+            return
         try:
             check_same_run(state["card"], self.card)
-            check_same("training", state["facts"], self.facts)
+            check_same_training(state["facts"], self.facts)
             warn_of_another_machine(state.get("machine", {}), self.machine)
             self.restore(state, device)
         except (KeyError, TypeError, AttributeError) as error:
@@ -173,7 +184,6 @@ class Checkpoints:
             ) from None
         if self.tally.epoch > self.facts["epochs"]:
             self.save_epoch()  # all is done, but its folder may be a new one
-        return self
 
     def restore(self, state: dict, device: torch.device) -> None:
         """Load a state into the parts, history and tally."""
@@ -203,8 +213,7 @@ class Checkpoints:
             "history": asdict(self.history),
             "tally": {**vars(self.tally), "totals": self.tally.totals.cpu()},
         }
-        step = len(self.history.lrs) + self.tally.steps
-        self.attempt(save_checkpoint, self.folder, state, step, self.mirror)
+        self.attempt(save_checkpoint, self.folder, state, self.steps, self.mirror)
         self.saved = time.monotonic()
 
     def save_if_due(self) -> None:
@@ -262,6 +271,16 @@ def warn_of_another_machine(before: dict[str, str], now: dict[str, str]) -> None
             f"warning: the checkpoint was written with {'; '.join(changed)}: "
             "the result will not be that of an uninterrupted run to the last bit"
         )
+
+
+def check_same_training(before: dict, now: dict) -> None:
+    """Refuse to continue a training that would go on in another way; what is newer than it is free."""
+    for name, value in now.items():
+        if before.get(name, value) != value:
+            raise ValueError(
+                f"the training has {name.replace('_', ' ')} {before[name]}, not {value}, "
+                "and can only be continued as it began"
+            )
 
 
 def check_same(what: str, before: dict, now: dict) -> None:

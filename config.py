@@ -89,7 +89,7 @@ class Config:
     flip: bool | None = setting(None, "mirror half of the images; svhn's digits only with --flip")
     cutout: int = setting(8, "side of the erased square, pixels; 0: none")
     grayscale: float = setting(0.0, "probability of turning an image grey")
-    tta: bool = setting(False, "judge at last by the logits of each image and its mirror image")
+    tta: bool = setting(False, "judge by the mean logits of each image and its mirror image")
     workers: int = setting(
         0,
         "processes to augment in image by image; 0: whole batches, other draws",
@@ -125,6 +125,8 @@ class Config:
             raise ValueError(f"padding must be under the image side, {side}, not {self.padding}")
         if self.model != "custom_resnet" and (self.dropout or self.bias):
             raise ValueError(f"dropout and bias are custom_resnet's; {self.model} has neither")
+        if self.tta and not self.flip:
+            raise ValueError("tta averages with mirror images, which training without flip never shows")
         if self.dataset != "folder" and self.image_size != 32:
             raise ValueError(f"image_size is the folder dataset's; {self.dataset} is 32 px")
 
@@ -147,7 +149,7 @@ class Config:
     @property
     def fit_options(self) -> dict:
         """The keyword arguments of `fit_model` that are plain fields."""
-        names = ("precision", "label_smoothing", "average", "seed", "compile")
+        names = ("precision", "label_smoothing", "average", "seed", "compile", "tta")
         names += ("max_train_batches", "max_test_batches")
         names += ("resume", "mirror", "checkpoint_seconds")
         return {name: getattr(self, name) for name in names}

@@ -69,7 +69,7 @@ def lock_folder(folder: str | Path) -> None:
     file.truncate(0)
     file.write(str(os.getpid()))
     file.flush()
-    for partial in path.rglob(".*.tmp"):
+    for partial in (*path.glob(".*.tmp"), *path.glob("checkpoints/.*.tmp")):
         partial.unlink(missing_ok=True)
 
 
@@ -78,6 +78,16 @@ def unlock_folder(folder: str | Path) -> None:
     file = LOCKS.pop(Path(folder).resolve(), None)
     if file is not None:
         file.close()
+
+
+@contextlib.contextmanager
+def unlocked_on_error(folder: str | Path):
+    """Let others have a run folder if what was to be done with it fails."""
+    try:
+        yield
+    except BaseException:
+        unlock_folder(folder)
+        raise
 
 
 def reason(error: Exception) -> str:

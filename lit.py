@@ -33,7 +33,7 @@ class LitModel(LightningModule):
 
     def __init__(self, config: Config, num_classes: int = 10):
         super().__init__()
-        for name in ("average", "tta"):
+        for name in ("average", "tta", "compile"):
             if getattr(config, name):
                 raise ValueError(
                     f"{name} is fit_model's, and must be off here, not {getattr(config, name)}"

@@ -31,13 +31,14 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 from torch.optim.swa_utils import get_ema_multi_avg_fn
+from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from checkpoint import Checkpoints, check_same_run, load_checkpoint, load_weights
 from config import CHOICES, PLACES, Config, choose, make_parser, parse_config
-from data import EpochSampler, Loaders, load_split, make_loader, make_loaders, read_image
-from files import lock_folder, reason, write_whole
-from models import make_model
+from data import EpochSampler, Loaders, Split, load_split, make_loader, make_loaders, read_image
+from files import lock_folder, reason, unlocked_on_error, write_whole
+from models import MODELS, make_model
 from transforms import normalize, test_transform
 from utils import (
     Epoch,
@@ -51,6 +52,7 @@ from utils import (
     find_lr,
     get_device,
     make_scaler,
+    name_of,
     one_cycle,
     pick_precision,
     seed_everything,
@@ -59,7 +61,7 @@ from utils import (
 
 # The stream of random numbers for dropout = f(seed, epoch, step); data.py has the other two.
 DROPOUT = 2
-SHIPPED = "custom_resnet"  # the weights that a command takes if none are named
+DEFAULT_WEIGHTS = "custom_resnet"  # the weights that a command takes if none are named
 CURE = "a lower --lr or --precision fp32 may help"
 
 
@@ -120,11 +122,17 @@ def train_steps(
 ) -> Iterator[None]:
     """The rest of the epoch that `tally` counts, one update at a time; yields between them.
 
-    Nothing here waits for a GPU, except for the first batch of the first epoch and at the end.
+    With a fused optimizer nothing here waits for a GPU but the very first batch and the end of an epoch.
     """
     dtype = pick_precision(precision, device)
     model.to(device, memory_format=torch.channels_last).train()
     forward = torch.compile(model) if compile else model
+    if scaler.is_enabled() and isinstance(optimizer, torch.optim.SGD):
+        for (
+            parameter
+        ) in model.parameters():  # else a first update that is skipped leaves random momentum
+            momentum = optimizer.state[parameter]
+            momentum.setdefault("momentum_buffer", torch.zeros_like(parameter))
     began = time.perf_counter() - tally.seconds
     for images, labels in progress(loader, tally, max_batches):
         if not tally.steps and tally.epoch == 1:
@@ -172,14 +180,19 @@ def check_batch(model, images: torch.Tensor, labels: torch.Tensor, device, dtype
 def train_step(
     forward, images, labels, optimizer, scaler, tally: Tally, dtype, label_smoothing: float
 ) -> None:
-    """One update, added to `tally`; none if loss or gradient, now or before, is not finite."""
+    """One update, added to `tally`; none if loss or gradient, now or before, is not finite.
+
+    Before, that is, on a device that is not waited for.
+    """
     optimizer.zero_grad(set_to_none=True)
     with autocast(images.device, dtype):
         logits = forward(images)
         loss = F.cross_entropy(logits, labels, label_smoothing=label_smoothing)
-    scaler.scale(loss).backward()
     sound = torch.isfinite(loss.detach()) & (tally.totals[2] == tally.steps)
-    if not scaler.is_enabled():  # which, in fp16, skips updates by itself
+    if scaler.is_enabled():  # it skips by the gradient alone: make that what the loss was before
+        loss = loss * torch.where(sound, 1.0, math.nan)
+    scaler.scale(loss).backward()
+    if not scaler.is_enabled():
         gradients = [p.grad for group in optimizer.param_groups for p in group["params"]]
         norm = nn.utils.get_total_norm([g for g in gradients if g is not None])
         sound = sound & torch.isfinite(norm)
@@ -191,6 +204,7 @@ def train_step(
     elif not scaler.is_enabled():
         optimizer.found_inf = 1 - sums[2]
     scaler.step(optimizer)
+    vars(optimizer).pop("found_inf", None)  # which would stop whoever uses the optimizer next
     scaler.update()
 
 
@@ -263,13 +277,18 @@ def predict(
 
 
 def predict_images(
-    model: nn.Module, device: torch.device, images: np.ndarray, card: dict, precision: str = "auto"
+    model: nn.Module, device: torch.device, images: np.ndarray, card: dict, precision: str | None = None
 ) -> np.ndarray:
-    """Class probabilities (N, K) of images uint8 (N, H, W, 3), normalised as a weights' card says."""
+    """Class probabilities (N, K) of images uint8 (N, H, W, 3), as the run of a weights' card judges.
+
+    Args:
+        precision: another than the run's.
+    """
     inputs = normalize(images, card["mean"], card["std"])
     batch = [(inputs, torch.zeros(len(inputs), dtype=torch.int64))]
-    tta = card.get("config", {}).get("tta", False)
-    return predict(model, device, batch, precision=precision, tta=tta).probabilities
+    config = card.get("config", {})
+    precision = precision or config.get("precision", "auto")
+    return predict(model, device, batch, precision=precision, tta=config.get("tta", False)).probabilities
 
 
 def forward_all(model, device, loader, precision: str, max_batches: int | None, tta: bool = False):
@@ -304,6 +323,7 @@ def fit_model(
     average: float = 0.0,
     seed: int = 0,
     compile: bool = False,
+    tta: bool = False,
     max_train_batches: int | None = None,
     max_test_batches: int | None = None,
     folder: str | Path | None = None,
@@ -319,6 +339,7 @@ def fit_model(
         average: what a running average of the weights keeps at each step, such as 0.99; it is judged and
             kept instead of the weights, and the model's at the end. 0: no average.
         compile: the forward and backward pass of training, by `torch.compile`.
+        tta: judge as in `test`, with mirror images.
         val_loader: judged after each epoch instead of the test set, which then is looked at once,
             after the last.
         folder: where checkpoints, history, TensorBoard events and, if there is a `card`, weights go.
@@ -350,12 +371,12 @@ def fit_model(
     check = functools.partial(check_finite, scaler=scaler)
     kept = Checkpoints(folder, parts, card, facts, mirror, checkpoint_seconds, check)
     training = (model, device, train_loader, optimizer, scheduler, scaler)
-    judging = (judged, device, val_loader, test_loader, epochs, precision, max_test_batches)
+    judging = (judged, device, val_loader, test_loader, epochs, precision, max_test_batches, tta)
     with (
         signals_noted() as signals,
         kept.start(resume, device),
         event_log(folder, kept.history) as update_events,
-        averaging(optimizer, model, judged, average),
+        averaging(optimizer, model, judged, average, kept),
     ):
         try:
             while kept.tally.epoch <= epochs:
@@ -386,18 +407,23 @@ def average_of(model: nn.Module) -> nn.Module:
 
 
 @contextlib.contextmanager
-def averaging(optimizer, model: nn.Module, averaged: nn.Module, decay: float):
+def averaging(optimizer, model: nn.Module, averaged: nn.Module, decay: float, kept: Checkpoints):
     """Move `averaged`, its buffers too, towards `model` after each update; put it into `model` at last.
 
-    A part of the update itself: nothing can come between the two. With a decay of 0, do nothing.
+    A part of the update itself: nothing can come between the two. The first t updates weigh as much as
+    in their mean, until that keeps more than `decay`: no first weights stay. A decay of 0 does nothing.
     """
     if not decay:
         yield
         return
-    move = get_ema_multi_avg_fn(decay)
     pairs = zip(averaged.state_dict().values(), model.state_dict().values(), strict=True)
     old, new = zip(*(pair for pair in pairs if pair[0].is_floating_point()), strict=True)
-    handle = optimizer.register_step_post_hook(lambda *_: move(old, new, None))
+
+    def move(*_) -> None:
+        share = kept.steps / (kept.steps + 1)
+        get_ema_multi_avg_fn(min(decay, share))(old, new, None)
+
+    handle = optimizer.register_step_post_hook(move)
     try:
         yield
     finally:
@@ -408,14 +434,23 @@ def averaging(optimizer, model: nn.Module, averaged: nn.Module, decay: float):
 def facts_of(device, loader, max_batches, *, precision, **options) -> dict:
     """What must be the same when a training is continued; the precision as the device resolves it."""
     return {
-        "precision": str(pick_precision(precision, device)).removeprefix("torch."),
+        "precision": name_of(pick_precision(precision, device)),
         **options,
         "steps_per_epoch": min(len(loader), max_batches or len(loader)),
     }
 
 
 def evaluate(
-    model, device, val_loader, test_loader, epochs, precision, max_batches, tally: Tally, start: float
+    model,
+    device,
+    val_loader,
+    test_loader,
+    epochs,
+    precision,
+    max_batches,
+    tta,
+    tally: Tally,
+    start: float,
 ) -> Epoch:
     """Judge the weights at the end of an epoch that began at `start`, and put its row together."""
     stats = {"train": tally.stats()}
@@ -423,7 +458,7 @@ def evaluate(
     if val_loader is None or tally.epoch < epochs:
         del loaders["val" if val_loader is None else "test"]
     for part, loader in loaders.items():
-        logits, labels = forward_all(model, device, loader, precision, max_batches)
+        logits, labels = forward_all(model, device, loader, precision, max_batches, tta)
         stats[part] = score(logits, labels)
         warn_if_dead(tally, part, stats[part], logits, last=tally.epoch == epochs)
     seconds, speed = time.perf_counter() - start, tally.images / tally.seconds
@@ -451,18 +486,23 @@ def make_optimizer(
 
     Args:
         weight_decay: on the weights of convolutions and linear layers, not on norms and biases.
-        head_rate: rate of the last linear layer, as a share of the others', with as much decay per step.
-            The square of s trains as if logits were multiplied by s, which Page's recipe does (1/8).
+        head_rate: rate of the last linear layer, as a share of the others'; its decay, where it is
+            decoupled, is theirs. The square of s trains as if logits were multiplied by s; Page has 1/8.
     """
     last = [module for module in model.modules() if isinstance(module, nn.Linear)][-1:]
     head = [p for module in last for p in module.parameters() if head_rate != 1]
     body = [p for p in model.parameters() if not any(p is other for other in head)]
     groups = [
-        {"params": [p for p in body if p.dim() > 1], "weight_decay": weight_decay},
-        {"params": [p for p in body if p.dim() <= 1], "weight_decay": 0.0},
-        {"params": head, "weight_decay": weight_decay / head_rate, "share": head_rate},
+        {
+            "params": [p for p in part if (p.dim() > 1) is matrix],
+            "weight_decay": weight_decay / share if matrix else 0.0,
+            "share": share,
+            "lr": lr * share,
+        }
+        for part, share in ((body, 1.0), (head, head_rate))
+        for matrix in (True, False)
     ]
-    groups = [{"lr": lr * g.get("share", 1.0), **g} for g in groups if g["params"]]
+    groups = [group for group in groups if group["params"]]
     common = {"params": groups, "lr": lr, "fused": True}
     if name == "sgd":
         return torch.optim.SGD(**common, momentum=0.9, nesterov=True)
@@ -683,9 +723,10 @@ def open_run(config: Config, device: torch.device, loaders: Loaders, model: nn.M
             raise ValueError(f"{place} is not a folder")
     if config.resume:
         lock_folder(config.output)
-        state = load_checkpoint(Path(config.output) / "checkpoints", config.mirror)
-        if state is not None:
-            check_same_run(state.get("card"), make_card(config, loaders))
+        with unlocked_on_error(config.output):
+            state = load_checkpoint(Path(config.output) / "checkpoints", config.mirror)
+            if state is not None:
+                check_same_run(state.get("card"), make_card(config, loaders))
     folder = claim_folder(config)
     lock_folder(folder)
     path = folder / "config.json"
@@ -695,9 +736,10 @@ def open_run(config: Config, device: torch.device, loaders: Loaders, model: nn.M
     if any(before.get(name) != value for name, value in config.identity.items()):
         (folder / "lr_finder.json").unlink(missing_ok=True)  # of another run, which left no checkpoint
     write_whole(path, json.dumps(asdict(config), indent=1))
-    write_whole(folder / "environment.json", json.dumps(environment(device), indent=1))
+    if not (folder / "environment.json").exists():  # of where the run began
+        write_whole(folder / "environment.json", json.dumps(environment(device), indent=1))
     write_whole(folder / "summary.txt", summarize(model, config.image_size))
-    dtype = str(pick_precision(config.precision, device)).removeprefix("torch.")
+    dtype = name_of(pick_precision(config.precision, device))
     print(f"{config.model} on {config.dataset}, {device}, {dtype}, seed {config.seed}, in {folder}")
     return folder
 
@@ -856,17 +898,28 @@ def test_command(argv: list[str]) -> None:
     parser.add_argument("run", nargs="?", help="the same as --weights")
     add_data_flag(parser)
     given = parser.parse_args(argv)
-    given.weights = given.weights or given.run or SHIPPED
     with bad_input_refused():
+        if given.weights and given.run:
+            raise ValueError(f"which weights, {given.run} or {given.weights}? give one")
+        given.weights = given.weights or given.run or DEFAULT_WEIGHTS
         model, card, device = read_model(given)
         config = run_config(card, given)
-        split = load_split(config.dataset, "test", config.data, image_size=config.image_size)
-        if list(split.classes) != card["classes"]:
-            raise ValueError(f"the weights know {card['classes']}, not {list(split.classes)}")
-    loader = make_loader(split, test_transform(card["mean"], card["std"]), device, config)
+        split, loader = test_images(config, card, device)
     stats = test(model, device, loader, precision=config.precision, tta=config.tta)
     images = f"{len(split):,} images" + ", each with its mirror image" * config.tta
     print(f"test loss {stats.loss:.4f}, accuracy {stats.accuracy:.2%} of {images}")
+
+
+def test_images(config: Config, card: dict, device: torch.device) -> tuple[Split, DataLoader]:
+    """The test images of a dataset, and a loader of them as saved weights expect them.
+
+    Raises:
+        ValueError: the weights know other classes.
+    """
+    split = load_split(config.dataset, "test", config.data, image_size=config.image_size)
+    if list(split.classes) != card["classes"]:
+        raise ValueError(f"the weights know {card['classes']}, not {list(split.classes)}")
+    return split, make_loader(split, test_transform(card["mean"], card["std"]), device, config)
 
 
 def predict_command(argv: list[str]) -> None:
@@ -877,17 +930,16 @@ def predict_command(argv: list[str]) -> None:
     )
     parser.add_argument("--top", type=int, default=3, help="classes to name (default: 3)")
     given = parser.parse_args(argv)
-    if not given.weights and (
-        Path(given.images[0]).is_dir() or given.images[0].endswith(".safetensors")
-    ):
+    first = given.images[0]
+    if not given.weights and (Path(first).is_dir() or first.endswith(".safetensors") or first in MODELS):
         given.weights = given.images.pop(0)
-    given.weights = given.weights or SHIPPED
+    given.weights = given.weights or DEFAULT_WEIGHTS
     with bad_input_refused():
         if not given.images:
             raise ValueError("which images? give one file or more")
         model, card, device = read_model(given)
         images = np.stack([read_image(path, card["image_size"]) for path in given.images])
-    probabilities = predict_images(model, device, images, card, given.precision or "auto")
+    probabilities = predict_images(model, device, images, card, given.precision)
     for path, row in zip(given.images, probabilities, strict=True):
         best = np.argsort(-row)[: max(1, given.top)]
         print(f"{path}:", ", ".join(f"{card['classes'][k]} {row[k]:.1%}" for k in best))
@@ -1017,7 +1069,9 @@ def export_command(argv: list[str]) -> None:
     parser = make_parser(
         "main.py export", "Write a network for other programs, checked against the original."
     )
-    parser.add_argument("weights", nargs="?", default=SHIPPED, help="as in test (default: %(default)s)")
+    parser.add_argument(
+        "weights", nargs="?", default=DEFAULT_WEIGHTS, help="as in test (default: %(default)s)"
+    )
     parser.add_argument("--format", default="onnx", help=f"{', '.join(FORMATS)} (default: onnx)")
     parser.add_argument("--output", help="file to write (default: model.onnx or model.pt2 in the run)")
     given = parser.parse_args(argv)
@@ -1042,7 +1096,7 @@ def model_parser(command: str, description: str, shipped: bool = True):
     """The flags that every command with saved weights has; those in weights/ need not be named."""
     parser = make_parser(f"main.py {command}", description)
     if shipped:
-        text = f"run folder, weights file, or name of one in weights/ (default: {SHIPPED})"
+        text = f"run folder, weights file, or name of one in weights/ (default: {DEFAULT_WEIGHTS})"
         parser.add_argument("--weights", help=text)
     else:
         parser.add_argument("weights", metavar="run", help="run folder")

@@ -39,7 +39,7 @@ def write_report(folder: str | Path, model: nn.Module, loaders, predictions: Pre
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     environment = json.loads((folder / "environment.json").read_text(encoding="utf-8"))
     history = History.load(folder)
-    found = read_finder(folder)
+    found = read_finder(folder) if config["lr"] is None else None
     draw_training(folder, config, history, found, loaders)
     layers = draw_results(folder, model, loaders, predictions)
     parts = [
@@ -58,7 +58,7 @@ def write_report(folder: str | Path, model: nn.Module, loaders, predictions: Pre
 
 
 def read_finder(folder: Path) -> LRFinderResult | None:
-    """The range test of a run, or None if its rate was given."""
+    """The range test of a run, or None if there was none."""
     path = folder / "lr_finder.json"
     return LRFinderResult(**json.loads(path.read_text(encoding="utf-8"))) if path.is_file() else None
 
@@ -222,7 +222,7 @@ def model_section(config: dict, model: nn.Module, summary: str) -> str:
 def finder_section(config: dict, found: LRFinderResult | None, history: History) -> str:
     """The range test and what its rules suggest."""
     if found is None:
-        return f"## Learning rate\n\nGiven; no range test was run. {schedule_line(config, history)}"
+        return f"## Learning rate\n\nThe peak was given. {schedule_line(config, history)}"
     rows = [
         [rule.replace("_", " "), f"{rate:.3e}", "peak" if rule == config["lr_rule"] else ""]
         for rule, rate in found.suggestions.items()

@@ -171,6 +171,11 @@ def pick_precision(name: str, device: torch.device) -> torch.dtype:
     return torch.float32
 
 
+def name_of(dtype: torch.dtype) -> str:
+    """The name of a number format: fp32, bf16 or fp16."""
+    return next(name for name, kind in PRECISIONS.items() if kind == dtype)
+
+
 def autocast(device: torch.device, dtype: torch.dtype) -> torch.autocast:
     """The context of a forward pass in `dtype`; float32 leaves everything as it is."""
     return torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32)
@@ -286,7 +291,7 @@ def find_lr(
         raise ValueError(f"start_lr must be positive and under end_lr, not {start_lr} and {end_lr}")
     device = torch.device(device)
     dtype = pick_precision(precision, device)
-    model.to(device)
+    model.to(device, memory_format=torch.channels_last)  # as in training: the layout moves the numbers
     model, optimizer = copy.deepcopy((model, optimizer))  # together: the copy updates the copy
     for group in optimizer.param_groups:
         group.pop("initial_lr", None)  # a scheduler's mark, at which the library refuses to run

@@ -10,6 +10,7 @@ passed over.
 
 import argparse
 import json
+import signal
 import sys
 import time
 import traceback
@@ -269,6 +270,7 @@ def make_parser() -> argparse.ArgumentParser:
 def main(argv: list[str] | None = None) -> int:
     """Do what is left of the programme; `UNFINISHED` if the time was up first."""
     given = make_parser().parse_args(argv)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # the run under way is told to stop, too
     # A run that is told to stop writes a checkpoint first: half a minute for that and for the imports.
     deadline = time.monotonic() + 60 * given.minutes - (0 if given.smoke else 30)
     bench = Bench(given)

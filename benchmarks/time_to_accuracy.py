@@ -48,6 +48,7 @@ def open_record(recipe: str, flags: list[str], folder: Path) -> tuple[Path, dict
         "width": config.width,
         "parameters": parameters_of(config),
         "epochs": config.epochs,
+        "tta": config.tta,
         "command": shlex.join(["python", "main.py", "--recipe", recipe, *flags]),
         **facts,
         "runs": [],
@@ -85,12 +86,12 @@ def run_seed(
     run["pieces"].append(None)  # of unknown length, should this process be killed
     write_record(path, record)
     begin = time.monotonic()
-    code, log = call_main(
-        ["--recipe", recipe, *flags, "--seed", str(seed), "--output", str(place), "--resume"],
-        place.with_name(f"{place.name}.log"),
-        deadline,
-    )
-    run["pieces"][-1] = round(time.monotonic() - begin, 2)
+    words = ["--recipe", recipe, *flags, "--seed", str(seed), "--output", str(place), "--resume"]
+    try:
+        code, log = call_main(words, place.with_name(f"{place.name}.log"), deadline)
+    finally:
+        run["pieces"][-1] = round(time.monotonic() - begin, 2)
+        write_record(path, record)
     if code == 0:
         run |= outcome(log, History.load(place), run["pieces"])
         shutil.rmtree(place / "checkpoints")  # up to half a gigabyte
@@ -181,13 +182,14 @@ def render(records: list[dict]) -> str:
     rows = []
     for record in records:
         deviation = "" if record["deviation"] is None else f" ± {100 * record['deviation']:.2f}"
+        views = ", each image with its mirror image" if record["tta"] else ""
         width = "" if record["width"] == 64 else f", width {record['width']}"
         rows.append(
             [
                 f"{record['model']}{width}",
                 f"{record['parameters']:,}",
                 str(record["epochs"]),
-                f"{100 * record['mean']:.2f}{deviation} % ({len(record['seeds'])})",
+                f"{100 * record['mean']:.2f}{deviation} % ({len(record['seeds'])}){views}",
                 common.quantity(record["training_seconds"]),
                 common.quantity(record["command_seconds"]) if record["command_seconds"] else "",
                 record["machine"],
@@ -207,6 +209,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--target", type=float, help="say when each seed first reached this accuracy")
     given, flags = parser.parse_known_args(argv)
     folder = common.result_folder(given) / "accuracy"
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # the run is told to stop, too
     deadline = None if given.minutes is None else time.monotonic() + 60 * given.minutes
     for seed in range(given.seeds):
         if not run_seed(given.recipe, seed, flags, folder, deadline):

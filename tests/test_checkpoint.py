@@ -24,6 +24,7 @@ import torch
 from albumentations.pytorch import ToTensorV2
 
 import checkpoint
+import files
 import main
 import models
 import utils
@@ -182,6 +183,14 @@ def test_a_stopped_run_goes_on_with_the_average_that_it_had(sample, tmp_path, st
     assert run(sample, tmp_path / "run", resume=True, average=0.9) == whole
     with pytest.raises(ValueError, match="the training has average 0.9, not 0.5"):
         run(sample, tmp_path / "run", resume=True, average=0.5)
+
+
+def test_a_refused_start_leaves_the_folder_to_others(sample, tmp_path):
+    run(sample, tmp_path, stop_at=2)
+    for options in ({}, {"resume": True, "average": 0.5}):
+        with pytest.raises(ValueError, match=r"holds a run|the training has average"):
+            run(sample, tmp_path, **options)
+        assert files.LOCKS == {}
 
 
 def test_looking_at_checkpoints_and_the_clock_changes_nothing(sample, uninterrupted, tmp_path):
@@ -827,9 +836,11 @@ def test_a_number_that_is_not_finite_stops_before_the_update(sample, what, preci
 
 
 @pytest.mark.parametrize("name", ["adam", "adamw", "sgd"])
-@pytest.mark.parametrize("what", ["loss", "gradient"])
+@pytest.mark.parametrize(
+    ("what", "precision"), [("loss", "fp32"), ("gradient", "fp32"), ("loss", "fp16")]
+)
 def test_a_device_that_is_not_waited_for_skips_every_update_after_a_bad_number(
-    sample, monkeypatch, name, what
+    sample, monkeypatch, name, what, precision
 ):
     torch.manual_seed(0)
     model = models.make_model("custom_resnet", width=4)
@@ -848,8 +859,9 @@ def test_a_device_that_is_not_waited_for_skips_every_update_after_a_bad_number(
     monkeypatch.setattr(main, "skips_on_device", lambda optimizer: True)
     batches = [batch for _ in range(2) for batch in loaders_of(sample, 0)[0]]
     with pytest.raises(FloatingPointError, match=f"the {what}.* is not finite at epoch 1, step 3"):
-        main.train(model, CPU, batches, optimizer, precision="fp32")
+        main.train(model, CPU, batches, optimizer, precision=precision)
     assert next(steps) == 7  # noticed at the end of the epoch
+    assert not hasattr(optimizer, "found_inf")  # whoever uses the optimizer next can update
     assert all(torch.equal(a, b) for a, b in zip(kept, model.parameters(), strict=True))
 
 
@@ -865,6 +877,18 @@ def test_a_bad_number_is_noticed_before_a_checkpoint_is_written(sample, tmp_path
             model, CPU, *loaders_of(sample, 0), optimizer, folder=tmp_path, checkpoint_seconds=0
         )
     assert load_checkpoint(tmp_path / "checkpoints")["tally"]["steps"] == 1
+
+
+def test_a_first_update_that_fp16_skips_leaves_no_momentum(sample):
+    model = models.make_model("custom_resnet", width=4)
+    optimizer = main.make_optimizer("sgd", model)
+    batch = next(iter(loaders_of(sample, 0)[0]))
+    hook = model.linear.weight.register_hook(lambda gradient: gradient * float("inf"))
+    before = [p.detach().clone() for p in model.parameters()]
+    main.train(model, CPU, [batch], optimizer, precision="fp16")
+    hook.remove()
+    assert all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
+    assert all(not state["momentum_buffer"].any() for state in optimizer.state.values())
 
 
 def test_a_gradient_that_keeps_overflowing_in_fp16_stops_the_run(sample):

@@ -31,6 +31,12 @@ def test_every_field_is_a_flag_with_its_default_on_one_line(capsys, monkeypatch)
         assert index + 1 == len(lines) or not lines[index + 1].startswith(" " * 20)
 
 
+def test_mirror_images_are_not_judged_where_none_were_trained_on():
+    with pytest.raises(ValueError, match="tta averages with mirror images"):
+        Config(dataset="svhn", tta=True)
+    assert Config(tta=True).fit_options["tta"]
+
+
 def test_the_help_fits_a_screen_and_has_its_groups(capsys, monkeypatch):
     lines = help_of(capsys, monkeypatch)
     groups = [line[:-1] for line in lines if line.endswith(":") and not line.startswith(" ")]

@@ -24,8 +24,8 @@ CPU = torch.device("cpu")
 def test_a_share_of_the_rate_holds_in_the_range_test_and_in_the_schedule(sample):
     model = models.make_model("custom_resnet", width=4)
     optimizer = make_optimizer("sgd", model, lr=0.1, weight_decay=1e-3, head_rate=0.25)
-    assert [group["lr"] for group in optimizer.param_groups] == [0.1, 0.1, 0.025]
-    assert [group["weight_decay"] for group in optimizer.param_groups] == [1e-3, 0.0, 4e-3]
+    assert [group["lr"] for group in optimizer.param_groups] == [0.1, 0.1, 0.025, 0.025]
+    assert [group["weight_decay"] for group in optimizer.param_groups] == [1e-3, 0.0, 4e-3, 0.0]
     seen = []
     copies = copy.deepcopy((model, optimizer))[1]
     utils.scale_rates(copies)
@@ -33,12 +33,12 @@ def test_a_share_of_the_rate_holds_in_the_range_test_and_in_the_schedule(sample)
     for group in copies.param_groups:
         group["lr"] = 0.4  # as a range test sets it
     copies.step()
-    assert seen == [[0.4, 0.4, 0.1]] and [g["lr"] for g in copies.param_groups] == [0.4, 0.4, 0.4]
+    assert seen == [[0.4, 0.4, 0.1, 0.1]] and [g["lr"] for g in copies.param_groups] == [0.4] * 4
     scheduler = one_cycle(optimizer, 0.8, epochs=2, steps_per_epoch=3, peak_epoch=1)
     for _ in range(2):
         optimizer.step()
         scheduler.step()
-    assert [group["lr"] for group in optimizer.param_groups] == pytest.approx([0.8, 0.8, 0.2])
+    assert [group["lr"] for group in optimizer.param_groups] == pytest.approx([0.8, 0.8, 0.2, 0.2])
 
 
 def rates(epochs, steps_per_epoch, max_lr=0.1, **options):

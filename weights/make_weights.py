@@ -3,15 +3,14 @@
 import argparse
 import hashlib
 import json
+from dataclasses import replace
 from pathlib import Path
 
 from checkpoint import SHIPPED, load_weights, save_weights
 from config import Config, command_of
-from data import load_split, make_loader
 from files import write_whole
-from main import test
-from transforms import test_transform
-from utils import History, get_device, pick_precision
+from main import test, test_images
+from utils import History, get_device, name_of, pick_precision
 
 CARD = """# {model}
 
@@ -43,14 +42,9 @@ def accuracies(path: Path, dataset: str, config: Config) -> str:
     """Test accuracy of a weights file in this machine's precision and in fp32, in words."""
     model, card = load_weights(path)
     device, found = get_device(), []
-    loader = make_loader(
-        load_split(dataset, "test", config.data),
-        test_transform(card["mean"], card["std"]),
-        device,
-        config,
-    )
+    _, loader = test_images(replace(config, dataset=dataset), card, device)
     for precision in ("auto", "fp32"):
-        name = str(pick_precision(precision, device)).removeprefix("torch.")
+        name = name_of(pick_precision(precision, device))
         stats = test(model, device, loader, precision=precision, tta=config.tta)
         found.append(f"{stats.accuracy:.2%} in {name}")
     return ", ".join(found)
@@ -63,6 +57,8 @@ def main() -> None:
     run = parser.parse_args().run
     model, card = load_weights(run)
     config, history = Config(**card["config"]), History.load(run)
+    if config.dataset != "cifar10" or config.val_split or config.max_train_batches:
+        parser.error(f"{run} did not train on all of CIFAR-10's training images")
     path = SHIPPED / f"{config.model}.safetensors"
     save_weights(path, model.half(), card)
     facts = json.loads((run / "environment.json").read_text(encoding="utf-8"))

@@ -38,11 +38,11 @@ import data
 import main
 import models
 import utils
+from benchmarks.tables import BATTERY, render_battery
 from tests import test_checkpoint as small
 from tests import test_data as stand_in
 
 ROOT = Path(__file__).parents[2]
-RESULTS = Path(__file__).parent / "results.json"
 CPU = torch.device("cpu")
 
 
@@ -405,7 +405,9 @@ def enter(entry: str, folder: Path, body: bytes) -> None:
     with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
         if entry == "resume":
             with contextlib.suppress(ValueError, RuntimeError):
-                checkpoint.Checkpoints(folder, some_parts(), None, {}, None, 1e9).start(True, CPU)
+                checkpoint.Checkpoints(
+                    folder, some_parts(), None, {}, None, 1e9, lambda tally: None
+                ).start(True, CPU)
         else:
             extra = ["x.png"] if entry == "predict" else []
             with contextlib.suppress(SystemExit):
@@ -644,21 +646,6 @@ def ignored_label() -> tuple[float, bool]:
     return loss, False
 
 
-def render(results: dict) -> str:
-    """What results.json holds, as Markdown."""
-    lines = [
-        "| fault | tried | landed | losses | the same without the guard |",
-        "|---|---:|---:|---:|---|",
-    ]
-    for row in results["rows"]:
-        fault = row["fault"] + f" ({row['note']})" * bool(row["note"])
-        numbers = f"{row['tried']:,} | {row['landed']:,} | {row['losses']}"
-        lines.append(f"| {fault} | {numbers} | {row['control']} |")
-    versions = ", ".join(results["versions"].split(", ")[:2])
-    lines += ["", f"{results['machine']}; {versions}; {results['minutes']:.0f} minutes; `make battery`"]
-    return "\n".join(lines)
-
-
 STAGES = {
     "stops": stops,
     "kills": lambda: kills(100),
@@ -678,10 +665,10 @@ def battery(names: list[str]) -> int:
     The rows of stages that are not run again stay as they are.
     """
     torch.set_num_threads(1)
-    rows = json.loads(RESULTS.read_text())["rows"] if names and RESULTS.exists() else []
+    rows = json.loads(BATTERY.read_text())["rows"] if names and BATTERY.exists() else []
     broken = [name for name in names or STAGES if not run_stage(name, rows)]
-    results = json.loads(RESULTS.read_text())
-    print(f"\n{render(results)}\n\nwritten to {RESULTS.relative_to(ROOT)}")
+    results = json.loads(BATTERY.read_text())
+    print(f"\n{render_battery(results)}\n\nwritten to {BATTERY.relative_to(ROOT)}")
     return 1 if broken else 0
 
 
@@ -694,7 +681,7 @@ def run_stage(name: str, rows: list[dict]) -> bool:
     except Exception:  # the other stages go on
         traceback.print_exc()
         print(f" BROKEN  {name}", flush=True)
-        return False
+        found = []
     found = found if isinstance(found, list) else [found]
     for row in found:
         row.seconds = round((time.monotonic() - start) / len(found), 1)
@@ -704,8 +691,8 @@ def run_stage(name: str, rows: list[dict]) -> bool:
     rows.sort(key=lambda row: list(STAGES).index(row["stage"]))
     minutes = sum(row["seconds"] for row in rows) / 60
     results = {**utils.environment(CPU), "minutes": minutes, "rows": rows}
-    RESULTS.write_text(json.dumps(results, indent=1) + "\n")
-    return all(row.held for row in found)
+    BATTERY.write_text(json.dumps(results, indent=1) + "\n")
+    return bool(found) and all(row.held for row in found)
 
 
 if __name__ == "__main__":
