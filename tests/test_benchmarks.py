@@ -214,6 +214,7 @@ def test_accuracy_is_shown_with_its_deviation_and_number_of_seeds():
         "width": 64,
         "parameters": 6573130,
         "epochs": 24,
+        "tta": False,
         "machine": "a machine",
         "command": "python main.py",
         "runs": [run | {"seed": 1}, run | {"seed": 0, "accuracy": 0.942}, {"seed": 2, "accuracy": None}],
