@@ -529,7 +529,7 @@ def injected(kind: str, precision: str) -> tuple[bool, bool]:
 
 
 def note_updates(model, optimizer, updates: list) -> None:
-    """Add to `updates` when weights change; a fused optimizer is called for updates that it skips, too."""
+    """Add to `updates` when weights change: a fused optimizer is also called for what it skips."""
     weights = [[p.detach().clone() for p in model.parameters()]]
 
     def note(*_) -> None:
