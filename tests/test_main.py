@@ -3,6 +3,7 @@ import json
 import math
 import re
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -304,6 +305,16 @@ def test_tta_averages_the_logits_of_an_image_and_its_mirror_image(loaders):
     assert stats.accuracy == found.accuracy
 
 
+def test_the_weights_in_the_repository_are_as_good_as_their_card_says(capsys):
+    card = (Path(main.__file__).parent / "weights/custom_resnet.md").read_text()
+    said = re.search(r"sample in the repository \|.* ([\d.]+)% in fp32", card)[1]
+    model, facts = load_weights("custom_resnet")
+    config = Config(**facts["config"] | {"dataset": "cifar10-sample"})
+    _, loader = main.test_images(config, facts, CPU)
+    stats = main.test(model, CPU, loader, precision="fp32", tta=config.tta)
+    assert 100 * stats.accuracy == pytest.approx(float(said), abs=0.21)  # two images, for other kernels
+
+
 def test_testing_and_predicting_change_nothing_and_agree(loaders):
     model, _ = build()
     model.train()
@@ -548,6 +559,7 @@ BAD = [
     (["--dataset", "folder", "--data", "nowhere"], "there is no folder nowhere"),
     (["test", "nowhere"], "there is no weights file nowhere"),
     (["predict", "--weights", "nowhere", "image.png"], "there is no weights file nowhere"),
+    (["predict", "nowhere", "image.png"], "nowhere is no readable image"),
     (["predict", "RUN"], "which images?"),
     (["predict", "RUN", "README.md"], "README.md is no readable image"),
     (["predict", "RUN", "absent.png"], "absent.png is no readable image (No such file"),
