@@ -128,11 +128,9 @@ def train_steps(
     model.to(device, memory_format=torch.channels_last).train()
     forward = torch.compile(model) if compile else model
     if scaler.is_enabled() and isinstance(optimizer, torch.optim.SGD):
-        for (
-            parameter
-        ) in model.parameters():  # else a first update that is skipped leaves random momentum
-            momentum = optimizer.state[parameter]
-            momentum.setdefault("momentum_buffer", torch.zeros_like(parameter))
+        # Else a first update that is skipped leaves whatever was in memory as momentum.
+        for parameter in model.parameters():
+            optimizer.state[parameter].setdefault("momentum_buffer", torch.zeros_like(parameter))
     began = time.perf_counter() - tally.seconds
     for images, labels in progress(loader, tally, max_batches):
         if not tally.steps and tally.epoch == 1:
@@ -180,10 +178,7 @@ def check_batch(model, images: torch.Tensor, labels: torch.Tensor, device, dtype
 def train_step(
     forward, images, labels, optimizer, scaler, tally: Tally, dtype, label_smoothing: float
 ) -> None:
-    """One update, added to `tally`; none if loss or gradient, now or before, is not finite.
-
-    Before, that is, on a device that is not waited for.
-    """
+    """One update, added to `tally`; none if loss or gradient is not finite, now or before."""
     optimizer.zero_grad(set_to_none=True)
     with autocast(images.device, dtype):
         logits = forward(images)
@@ -229,14 +224,14 @@ def check_finite(tally: Tally, scaler, lr: float | None = None) -> None:
     loss, _, sound = tally.totals.tolist()
     if sound < tally.steps + (lr is not None):
         what = "gradient's norm" if math.isfinite(loss) else "loss"
-        reason = f"the {what} is not finite"
+        fault = f"the {what} is not finite"
     elif scaler.is_enabled() and scaler.get_scale() < 1:
-        sound, reason = tally.steps - (lr is None), "the gradient in fp16 keeps overflowing"
+        sound, fault = tally.steps - (lr is None), "the gradient in fp16 keeps overflowing"
     else:
         return
     rates = tally.lrs if lr is None else [*tally.lrs, lr]
     where = f"epoch {tally.epoch}, step {int(sound) + 1}, learning rate {rates[int(sound)]:.4g}"
-    raise FloatingPointError(f"{reason} at {where}; stopped before the update; {CURE}")
+    raise FloatingPointError(f"{fault} at {where}; stopped before the update; {CURE}")
 
 
 def test(

@@ -132,7 +132,7 @@ def headline(config: dict, history: History, predictions: Predictions, classes) 
     return paragraphs(
         f"# {config['model']} on {config['dataset']}: {predictions.accuracy:.2%}",
         *warnings_of(config, history, predictions, classes),
-        " ".join(how_judged(config, history)),
+        " ".join(how_judged(config)),
         table(["", "this run"], facts),
     )
 
@@ -157,7 +157,7 @@ def warnings_of(config: dict, history: History, predictions: Predictions, classe
     return [f"> **Warning:** {'; '.join(found)}."] if found else []
 
 
-def how_judged(config: dict, history: History) -> list[str]:
+def how_judged(config: dict) -> list[str]:
     """Sentences on what the accuracy is of."""
     said = ["Accuracy is that of the last epoch; nothing was chosen by looking at the test set."]
     if config["average"]:
@@ -166,9 +166,7 @@ def how_judged(config: dict, history: History) -> list[str]:
             f"which keeps {config['average']:g} of itself at each step."
         )
     if config["tta"]:
-        plain = history.epochs[-1].test_accuracy
-        beside = "" if plain is None else f"; without that, accuracy is {plain:.2%}"
-        said.append(f"The logits of each test image and of its mirror image are averaged{beside}.")
+        said.append("The logits of each image and of its mirror image are averaged, after every epoch.")
     return said
 
 

@@ -305,6 +305,13 @@ def test_tta_averages_the_logits_of_an_image_and_its_mirror_image(loaders):
     assert stats.accuracy == found.accuracy
 
 
+def test_a_run_judged_with_mirror_images_is_so_after_every_epoch(loaders):
+    model, history = fit(loaders, epochs=1, tta=True)
+    judged = main.test(model, CPU, loaders[1], precision="fp32", tta=True)
+    assert history.epochs[0].stats()["test"] == judged
+    assert judged.loss != main.test(model, CPU, loaders[1], precision="fp32").loss
+
+
 def test_the_weights_in_the_repository_are_as_good_as_their_card_says(capsys):
     card = (Path(main.__file__).parent / "weights/custom_resnet.md").read_text()
     said = re.search(r"sample in the repository \|.* ([\d.]+)% in fp32", card)[1]
