@@ -1,6 +1,7 @@
 """Augmentation and normalisation, written once in Albumentations and run per sample or per batch."""
 
 import functools
+import math
 import os
 from typing import NamedTuple
 
@@ -191,12 +192,12 @@ class BatchProgram(NamedTuple):
             float (n, C, h, w) in channels-last memory.
         """
         height, width = self.crop or store.shape[2:4]
-        # (N, mirrored, top, left, C, h, w): every window of every image, as a view.
-        windows = store.unfold(2, height, 1).unfold(3, width, 1)
-        windows = windows.permute(0, 1, 2, 3, 5, 6, 4)
         # The crop comes before the flip: seen from the mirror image, its offset counts from the right.
         left = torch.where(draws.flip, store.shape[3] - width - draws.left, draws.left)
-        images = windows[index, draws.flip.long(), draws.top, left]
+        view = index * store.shape[1] + draws.flip
+        where = position(store, view, draws.top, left)
+        images = windows(store, height, width).index_select(0, where)
+        images = images.view(len(index), height, width, -1)
         if self.gray:
             images = torch.where(draws.gray.view(-1, 1, 1, 1), to_gray(images), images)
         if self.hole:
@@ -209,13 +210,31 @@ class BatchProgram(NamedTuple):
 
     def _cut(self, images: Tensor, draws: Draws) -> None:
         """Fill each image's hole, in place."""
-        height, width = self.hole_size
-        holes = images.unfold(1, height, 1).unfold(2, width, 1).permute(0, 1, 2, 4, 5, 3)
-        where = (torch.arange(len(images), device=images.device), draws.hole_top, draws.hole_left)
+        every = torch.arange(len(images), device=images.device)
+        where = position(images, every, draws.hole_top, draws.hole_left)
+        holes = windows(images, *self.hole_size)
         fill = constant(self.hole_fill, images.device).to(images.dtype)
+        fill = fill.expand(images.shape[-1]).repeat(self.hole_size[1])
         if self.hole < 1:
-            fill = torch.where(draws.hole.view(-1, 1, 1, 1), fill, holes[where])
+            fill = torch.where(draws.hole.view(-1, 1, 1), fill, holes[where])
         holes[where] = fill
+
+
+def windows(images: Tensor, height: int, width: int) -> Tensor:
+    """Every height x width window of images (..., H, W, C), as a view (positions, height, width x C).
+
+    Its rows are runs of bytes, which are copied at once: three times as fast as pixel by pixel. Windows
+    across an image's border are nonsense, and `position` never names one.
+    """
+    *count, rows, columns, channels = images.shape
+    last = (math.prod(count) * rows - height + 1) * columns - width + 1
+    return images.as_strided((last, height, width * channels), (channels, columns * channels, 1))
+
+
+def position(images: Tensor, image: Tensor, top: Tensor, left: Tensor) -> Tensor:
+    """Where in `windows` of images (..., H, W, C) those at these places are."""
+    rows, columns = images.shape[-3:-1]
+    return (image * rows + top) * columns + left
 
 
 def padded(side: int, least: int, border: str) -> np.ndarray:

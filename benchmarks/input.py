@@ -41,8 +41,8 @@ def rate(loader) -> float:
 
 
 def loaders_of(split: Split, batch: int) -> dict[str, DataLoader]:
-    """Each variant's loader; the slow ones get the first fifth of the images."""
-    few = split.take(np.arange(max(batch, len(split) // 5)))
+    """Each variant's loader; the slow ones get the first half of the images."""
+    few = split.take(np.arange(max(batch, len(split) // 2)))
     config = Config(batch_size=batch)
     transform, two = train_transform(), Config(batch_size=batch, workers=2)
     workers = make_loader(few, transform, "cpu", two, shuffle=True)
