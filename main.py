@@ -51,6 +51,7 @@ from utils import (
     environment,
     find_lr,
     get_device,
+    keep_freed_memory,
     make_scaler,
     name_of,
     one_cycle,
@@ -124,6 +125,7 @@ def train_steps(
 
     With a fused optimizer nothing here waits for a GPU but the very first batch and the end of an epoch.
     """
+    keep_freed_memory(device)
     dtype = pick_precision(precision, device)
     model.to(device, memory_format=torch.channels_last).train()
     forward = torch.compile(model) if compile else model
@@ -289,6 +291,7 @@ def predict_images(
 def forward_all(model, device, loader, precision: str, max_batches: int | None, tta: bool = False):
     """Logits float32 (N, K) and labels (N,) of a loader, on the device; the model's mode is kept."""
     device = torch.device(device)
+    keep_freed_memory(device)
     dtype = pick_precision(precision, device)
     training = model.training
     model.to(device, memory_format=torch.channels_last).eval()

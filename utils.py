@@ -3,6 +3,7 @@
 import contextlib
 import copy
 import csv
+import ctypes
 import functools
 import io
 import itertools
@@ -11,6 +12,7 @@ import math
 import operator
 import platform
 import random
+import sys
 import warnings
 from dataclasses import asdict, dataclass, field, fields
 from importlib import metadata
@@ -28,6 +30,7 @@ from tqdm import tqdm
 from files import write_whole
 
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # options of mallopt, in <malloc.h>
 
 
 class Stats(NamedTuple):
@@ -146,6 +149,20 @@ def get_device(name: str = "auto") -> torch.device:
     except (RuntimeError, AssertionError):
         raise ValueError(f"there is no device {name!r} here; choose cpu or auto") from None
     return device
+
+
+def keep_freed_memory(device: torch.device) -> None:
+    """Before work on a CPU: let this process keep the memory that it frees, for the next step.
+
+    glibc hands blocks over 32 MB back to the system, which zeroes them page by page when the next step
+    asks for them again: a fifth of a step of CustomResNet. Keeping them costs 7 % more memory at its
+    peak, until the process ends. Other systems are left alone.
+    """
+    if device.type == "cpu" and sys.platform == "linux":
+        mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+        if mallopt is not None:
+            mallopt(M_MMAP_MAX, 0)
+            mallopt(M_TRIM_THRESHOLD, -1)
 
 
 def pick_precision(name: str, device: torch.device) -> torch.dtype:
@@ -290,6 +307,7 @@ def find_lr(
     if not 0 < start_lr < end_lr < math.inf:
         raise ValueError(f"start_lr must be positive and under end_lr, not {start_lr} and {end_lr}")
     device = torch.device(device)
+    keep_freed_memory(device)
     dtype = pick_precision(precision, device)
     model.to(device, memory_format=torch.channels_last)  # as in training: the layout moves the numbers
     model, optimizer = copy.deepcopy((model, optimizer))  # together: the copy updates the copy

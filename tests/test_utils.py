@@ -1,6 +1,10 @@
 import copy
 import json
 import math
+import platform
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -17,6 +21,30 @@ from transforms import train_transform
 from utils import Epoch, History, Predictions, find_lr, one_cycle, suggest_lrs
 
 CPU = torch.device("cpu")
+ROOT = Path(utils.__file__).parent
+
+# Memory
+
+FAULTS = """
+import resource, sys, torch
+from utils import keep_freed_memory
+
+if sys.argv[1] == "keep":
+    keep_freed_memory(torch.device("cpu"))
+for round in range(20):
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    torch.ones(1 << 24)  # 64 MiB, freed at once
+print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="a setting of glibc")
+@pytest.mark.parametrize(("how", "least", "most"), [("keep", 0, 100), ("plain", 1000, math.inf)])
+def test_memory_that_was_freed_is_used_again_without_a_page_fault(how, least, most):
+    command = [sys.executable, "-c", FAULTS, how]
+    faults = subprocess.check_output(command, cwd=ROOT, text=True)
+    assert least <= int(faults) <= most
+
 
 # The schedule
 

@@ -19,7 +19,7 @@ import torch
 from benchmarks import common
 from benchmarks.common import ROOT
 from data import load_split
-from utils import get_device, pick_precision
+from utils import get_device, name_of, pick_precision
 
 # The file in this folder, and the package that it needs.
 PEERS = {
@@ -84,11 +84,10 @@ def available(names: list[str]) -> tuple[list[str], list[str]]:
 def compare(names: list[str], sizes: dict, device: torch.device, given) -> dict[str, list[dict]]:
     """Every round's result of every peer."""
     split = load_split("cifar10-sample" if given.smoke else "cifar10", "train")
-    precision = str(pick_precision("auto", device)).removeprefix("torch.")
     options = sizes | {
         "workers": 2,
         "threads": torch.get_num_threads(),
-        "precision": {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}[precision],
+        "precision": name_of(pick_precision("auto", device)),
         "device": device,
     }
     flags = [word for key, value in options.items() for word in (f"--{key}", str(value))]
