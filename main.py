@@ -983,7 +983,7 @@ def read_files(folder: Path, *names: str) -> list:
 
 def compare_command(argv: list[str]) -> None:
     """main.py compare RUN RUN...: a table of runs and a figure of their curves; no model is loaded."""
-    from visualize import plot_comparison
+    from visualize import plot_history
 
     parser = make_parser("main.py compare", "Compare runs: a table, and their curves in one figure.")
     parser.add_argument("runs", nargs="+", help="run folders, two or more")
@@ -992,7 +992,7 @@ def compare_command(argv: list[str]) -> None:
     runs = read_runs(given.runs)
     path = Path(given.output or Path(given.runs[0]).resolve().parent / "compare.png")
     with bad_input_refused():
-        plot_comparison({name: history for name, (_, history, _) in runs.items()}).savefig(path)
+        plot_history({name: history for name, (_, history, _) in runs.items()}).savefig(path)
     print_columns(comparison(runs), shutil.get_terminal_size().columns)
     print(f"figure {path}")
 

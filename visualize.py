@@ -95,38 +95,7 @@ def gallery(images: np.ndarray, titles: Sequence[str], title: str) -> Figure:
 
 
 def plot_history(histories: dict[str, History]) -> Figure:
-    """Loss and accuracy of one run or several, epoch by epoch.
-
-    Solid lines are the test set, or the validation set where a run had one; dashed is training.
-    """
-    with matplotlib.rc_context(STYLE):
-        figure = Figure(figsize=(10, 3.8), layout="constrained")
-        axes = figure.subplots(1, 2)
-        for (name, history), color in zip(histories.items(), itertools.cycle(COLORS), strict=False):
-            part = "val" if "val" in history.epochs[0].stats() else "test"
-            epochs = [row.epoch for row in history.epochs]
-            for axis, metric in zip(axes, ("loss", "accuracy"), strict=True):
-                for source, dash in (("train", "--"), (part, "-")):
-                    values = [getattr(row, f"{source}_{metric}") for row in history.epochs]
-                    axis.plot(
-                        epochs,
-                        values,
-                        dash,
-                        color=color,
-                        marker="o",
-                        markersize=3,
-                        label=f"{name} {source} {last(values[-1], metric)}",
-                    )
-        for axis, metric in zip(axes, ("loss", "accuracy"), strict=True):
-            axis.set(xlabel="epoch", ylabel=metric, title=metric.capitalize())
-            axis.xaxis.get_major_locator().set_params(integer=True)
-            axis.legend()
-        axes[1].yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
-    return figure
-
-
-def plot_comparison(histories: dict[str, History]) -> Figure:
-    """Loss and accuracy of several runs over each other, each with a colour and a mark of its own.
+    """Loss and accuracy of one run or several, each with a colour and a mark of its own.
 
     Solid lines are the test set, or the validation set where a run had one; thin dashed lines are
     training.
@@ -136,20 +105,19 @@ def plot_comparison(histories: dict[str, History]) -> Figure:
         figure = Figure(figsize=(10, height), layout="constrained")
         axes = figure.subplots(1, 2)
         looks = zip(itertools.cycle(COLORS), itertools.cycle(MARKS), strict=False)
-        for history, (color, mark) in zip(histories.values(), looks, strict=False):
-            draw_curves(axes, history, color, mark)
+        for (name, history), (color, mark) in zip(histories.items(), looks, strict=False):
+            draw_curves(axes, name, history, color, mark)
         for axis, metric in zip(axes, ("loss", "accuracy"), strict=True):
             axis.set(xlabel="epoch", title=f"{metric.capitalize()} (dashed: training)")
             axis.xaxis.get_major_locator().set_params(integer=True)
         axes[1].yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
         lines = [line for line in axes[1].lines if line.get_linestyle() == "-"]
-        labels = [f"{name}: {line.get_label()}" for name, line in zip(histories, lines, strict=True)]
-        figure.legend(lines, labels, loc="outside lower center", ncols=2)
+        figure.legend(handles=lines, loc="outside lower center", ncols=min(2, len(lines)))
     return figure
 
 
-def draw_curves(axes, history: History, color: str, mark: str) -> None:
-    """A run's loss and accuracy on two axes; the solid line's label is its last accuracy."""
+def draw_curves(axes, name: str, history: History, color: str, mark: str) -> None:
+    """A run's loss and accuracy on two axes; the solid line's label tells how both end."""
     part = "val" if "val" in history.epochs[0].stats() else "test"
     epochs = [row.epoch for row in history.epochs]
     for axis, metric in zip(axes, ("loss", "accuracy"), strict=True):
@@ -157,12 +125,8 @@ def draw_curves(axes, history: History, color: str, mark: str) -> None:
         judged = [getattr(row, f"{part}_{metric}") for row in history.epochs]
         axis.plot(epochs, trained, "--", color=color, linewidth=1, alpha=0.6)
         style = {"color": color, "marker": mark, "markersize": 5, "linewidth": 2}
-        axis.plot(epochs, judged, "-", label=f"{part} {last(judged[-1], metric)}", **style)
-
-
-def last(value: float, metric: str) -> str:
-    """A curve's last value, for its legend."""
-    return f"{value:.2%}" if metric == "accuracy" else f"{value:.3f}"
+        label = f"{name}: {part} {judged[-1]:.2%}, training {trained[-1]:.2%}"
+        axis.plot(epochs, judged, "-", label=label, **style)
 
 
 def plot_lr_finder(result: LRFinderResult, rule: str | None = None) -> Figure:

@@ -88,7 +88,6 @@ def test_every_figure_is_a_figure_and_none_is_left_open(sample, tiny):
     figures = [
         visualize.plot_samples(sample.images, sample.labels, CLASSES),
         visualize.plot_history({"one": make_history(), "other": make_history(val=True)}),
-        visualize.plot_comparison({"one": make_history(), "other": make_history(val=True)}),
         visualize.plot_lr_finder(finder, "valley"),
         visualize.plot_lr_history([0.01, 0.1, 0.05, 0.001], 2),
         visualize.plot_misclassified(sample.images, predictions, CLASSES),
@@ -101,19 +100,14 @@ def test_every_figure_is_a_figure_and_none_is_left_open(sample, tiny):
     assert plt.get_fignums() == []
 
 
-def test_two_runs_share_a_figure_and_a_run_with_validation_shows_it():
-    figure = visualize.plot_history({"one": make_history(), "other": make_history(val=True)})
-    labels = [line.get_label() for line in figure.axes[1].lines]
-    assert labels == ["one train 60.00%", "one test 35.00%", "other train 60.00%", "other val 40.00%"]
-
-
-def test_runs_that_are_compared_have_looks_and_legends_of_their_own():
+def test_runs_share_a_figure_with_looks_and_legends_of_their_own_and_validation_shows():
     histories = {f"run{k}": make_history(val=k == 1) for k in range(30)}
-    figure = visualize.plot_comparison(histories)
+    figure = visualize.plot_history(histories)
     solid = [line for line in figure.axes[1].lines if line.get_linestyle() == "-"]
     assert len({(line.get_color(), line.get_marker()) for line in solid}) == 30
     legend = [text.get_text() for text in figure.legends[0].texts]
-    assert legend[:2] == ["run0: test 35.00%", "run1: val 40.00%"] and len(legend) == 30
+    assert len(legend) == 30
+    assert legend[:2] == ["run0: test 35.00%, training 60.00%", "run1: val 40.00%, training 60.00%"]
 
 
 def test_the_rate_figure_names_its_peak():
