@@ -10,9 +10,9 @@ from torch.nn import functional as F
 
 from config import Config
 from data import Loaders, make_loaders
-from main import make_optimizer, start_epoch
+from main import make_optimizer, schedule, start_epoch
 from models import make_model
-from utils import find_lr, get_device, make_scaler, one_cycle, pick_precision, seed_everything
+from utils import find_lr, get_device, make_scaler, pick_precision, seed_everything
 
 
 class LitModel(LightningModule):
@@ -85,24 +85,14 @@ class LitModel(LightningModule):
         config, trainer = self.config, self.trainer
         optimizer = make_optimizer(config.optimizer, self, config.lr or 1e-3, **config.optimizer_options)
         steps = trainer.estimated_stepping_batches  # which loads the training data
-        high, low = config.lr, None
-        if high is None:
+        found = None
+        if config.lr is None:
             options = {"precision": config.precision, "label_smoothing": config.label_smoothing}
             found = find_lr(self.model, self.device, trainer.train_dataloader, optimizer, **options)
-            high = found.suggestions[config.lr_rule]
-            low = min(found.suggestions["start"], high / 10)
-        if config.scheduler == "none":
-            for group in optimizer.param_groups:
-                group["lr"] = high * group.get("share", 1.0)
+        epochs = trainer.max_epochs
+        scheduler = schedule(config, optimizer, found, epochs, -(-steps // epochs))
+        if scheduler is None:
             return optimizer
-        scheduler = one_cycle(
-            optimizer,
-            high,
-            min_lr=low,
-            epochs=trainer.max_epochs,
-            steps_per_epoch=-(-steps // trainer.max_epochs),
-            peak_epoch=config.peak_epoch,
-        )
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
 

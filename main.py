@@ -806,7 +806,17 @@ def range_test(
 
 
 def make_scheduler(config: Config, loaders: Loaders, optimizer, found: LRFinderResult | None):
-    """Set the optimizer's rate, given or found, and return its scheduler, or None for a constant rate.
+    """Set the rate, given or found; returns the optimizer's scheduler, or None for a constant rate."""
+    steps = min(len(loaders.train), config.max_train_batches or len(loaders.train))
+    scheduler = schedule(config, optimizer, found, config.epochs, steps)
+    if scheduler is not None:
+        high = config.lr or found.suggestions[config.lr_rule]
+        print(f"one-cycle from {optimizer.param_groups[0]['lr']:.3g} to {high:.3g} and down")
+    return scheduler
+
+
+def schedule(config: Config, optimizer, found: LRFinderResult | None, epochs: int, steps: int):
+    """`make_scheduler` for so many epochs of so many steps.
 
     A found schedule starts at `start` or at a tenth of its peak, whichever is less.
     """
@@ -816,17 +826,8 @@ def make_scheduler(config: Config, loaders: Loaders, optimizer, found: LRFinderR
             group["lr"] = high * group.get("share", 1.0)
         return None
     low = None if config.lr else min(found.suggestions["start"], high / 10)
-    steps = min(len(loaders.train), config.max_train_batches or len(loaders.train))
-    scheduler = one_cycle(
-        optimizer,
-        high,
-        min_lr=low,
-        epochs=config.epochs,
-        steps_per_epoch=steps,
-        peak_epoch=config.peak_epoch,
-    )
-    print(f"one-cycle from {optimizer.param_groups[0]['lr']:.3g} to {high:.3g} and down")
-    return scheduler
+    peak = config.peak_epoch
+    return one_cycle(optimizer, high, min_lr=low, epochs=epochs, steps_per_epoch=steps, peak_epoch=peak)
 
 
 def make_card(config: Config, loaders: Loaders) -> dict:
