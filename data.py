@@ -590,13 +590,16 @@ def epoch_order(count: int, seed: int, epoch: int) -> np.ndarray:
 class Batches(Dataset):
     """Whole batches, augmented by a batch program on the device that holds the images.
 
-    Key (epoch, batch) -> images float (n, C, H, W) and labels int64 (n,), both on the device.
+    Key (epoch, batch) -> images float (n, C, H, W) and labels int64 (n,), both on the device, or on the
+    CPU if that is Apple's MPS.
     """
 
     def __init__(
         self, split: Split, program: BatchProgram, device, batch_size: int, seed: int, shuffle: bool
     ):
-        self.split, self.program, self.device = split, program, torch.device(device)
+        # MPS copies a strided view whole before it reads from one, and here that is every crop there is.
+        self.device = torch.device("cpu" if torch.device(device).type == "mps" else device)
+        self.split, self.program = split, program
         self.batch_size, self.seed, self.shuffle = batch_size, seed, shuffle
         self.store = program.prepare(split.images, self.device)
         self.labels = torch.from_numpy(split.labels).to(self.device)

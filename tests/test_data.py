@@ -759,6 +759,11 @@ def test_batches_are_the_default_and_workers_can_be_asked_for(sample):
     assert isinstance(loader_of(sample, workers=2).dataset, Samples)
 
 
+def test_batches_for_mps_are_made_on_the_cpu_as_mps_would_copy_every_crop(sample):
+    images, _ = next(iter(make_loader(sample, train_transform(), "mps", SMOKE, shuffle=True)))
+    assert images.device == torch.device("cpu")
+
+
 # Independence of the per-sample draws, and that the check sees what it is for
 
 
