@@ -6,7 +6,7 @@ BIN := .venv/bin
 demo: .venv/run
 	$(BIN)/python main.py --recipe demo
 
-test: .venv/dev
+test: .venv/dev .venv/app
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/python -m pytest
