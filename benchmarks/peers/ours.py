@@ -7,7 +7,7 @@ from config import Config
 from data import CLASSES, Split, make_loader
 from main import make_optimizer, train
 from transforms import train_transform
-from utils import pick_precision
+from utils import name_of, pick_precision
 
 
 def fit(job: Job) -> nn.Module:
@@ -17,7 +17,7 @@ def fit(job: Job) -> nn.Module:
         split, train_transform(), job.device, Config(batch_size=job.batch), shuffle=True
     )
     dtype = pick_precision(job.precision, job.device)
-    job.note = f"{str(dtype).removeprefix('torch.')}, channels-last"
+    job.note = f"{name_of(dtype)}, channels-last"
     model = job.make_model().to(job.device)
     optimizer = make_optimizer("adam", model, LR)
     train(model, job.device, loader, optimizer, job, max_batches=job.updates)
