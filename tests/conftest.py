@@ -7,6 +7,7 @@ import pytest
 import torch
 
 import data
+import files
 import models
 
 torch.set_num_threads(1)  # quicker for networks this small, and steady on a busy machine
@@ -23,6 +24,14 @@ def no_network(monkeypatch):
         return connect(self, address)
 
     monkeypatch.setattr(socket.socket, "connect", local_only)
+
+
+@pytest.fixture(autouse=True)
+def no_lock_outlives_its_test():
+    """A run folder stays locked until its process ends, which here comes after many tests."""
+    yield
+    for folder in list(files.LOCKS):
+        files.unlock_folder(folder)
 
 
 @pytest.fixture(scope="session")
