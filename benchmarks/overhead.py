@@ -135,7 +135,7 @@ def compare(width: int, steps: int, given) -> tuple[list[dict], list[dict]]:
 def main(argv: list[str] | None = None) -> None:
     """Measure, print, write overhead.json."""
     given = common.make_parser(__doc__, rounds=8).parse_args(argv)
-    # About 13 s and 9 s on two cores with bf16.
+    # About 6 s and 5 s on two cores with bf16.
     lengths = {4: 2, 2: 3} if given.smoke else {64: 4, 16: 32}
     found = [compare(width, steps, given) for width, steps in lengths.items()]
     rows, claims = ([item for part in parts for item in part] for parts in zip(*found, strict=True))

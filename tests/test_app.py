@@ -17,7 +17,7 @@ import main
 from config import Config
 from utils import Predictions
 
-pytest.importorskip("gradio", reason="the page is an extra: requirements-app.txt (make test-app has it)")
+pytest.importorskip("gradio", reason="the page is an extra: requirements-app.txt")
 import gradio as gr
 
 import app
