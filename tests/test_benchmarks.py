@@ -43,7 +43,7 @@ def test_input_compares_batches_and_workers_and_finds_what_the_library_repeats(t
     )
     ours, library = (claim["median"] for claim in result["claims"][2:])
     assert ours > 0.98
-    assert library == 0.5  # both of its workers draw the same
+    assert 0.47 < library <= 0.5  # both of its workers draw the same; a few draws coincide besides
 
 
 def test_step_compares_the_course_with_ours(tmp_path, capsys):
