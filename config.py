@@ -31,7 +31,7 @@ BEST = {
 }
 # A recipe is a diff from the defaults. Measured on two cores of an AMD EPYC with bf16.
 RECIPES = {
-    # The exercise as written; not measured yet at full length.
+    # The exercise as written: 93.11 % (1 seed) in 65 minutes.
     "custom_resnet": {},
     # The same network and epochs: 94.16 % (1 seed) in 64 minutes.
     "custom_resnet_best": BEST,
