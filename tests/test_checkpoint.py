@@ -127,6 +127,8 @@ def test_stopped_at_any_step_and_resumed_with_other_workers_ends_with_the_same_b
     "options",
     [
         {"optimizer": "sgd"},
+        {"optimizer": "muon"},
+        {"optimizer": "muon", "precision": "fp16"},
         {"scheduled": False},
         {"validated": True},
         {"precision": "bf16"},
@@ -835,7 +837,7 @@ def test_a_number_that_is_not_finite_stops_before_the_update(sample, what, preci
     assert what == "weight" or all(torch.equal(a, b) for a, b in kept)
 
 
-@pytest.mark.parametrize("name", ["adam", "adamw", "sgd"])
+@pytest.mark.parametrize("name", ["adam", "adamw", "sgd", "muon"])
 @pytest.mark.parametrize(
     ("what", "precision"), [("loss", "fp32"), ("gradient", "fp32"), ("loss", "fp16")]
 )
@@ -879,9 +881,10 @@ def test_a_bad_number_is_noticed_before_a_checkpoint_is_written(sample, tmp_path
     assert load_checkpoint(tmp_path / "checkpoints")["tally"]["steps"] == 1
 
 
-def test_a_first_update_that_fp16_skips_leaves_no_momentum(sample):
+@pytest.mark.parametrize("name", ["sgd", "muon"])
+def test_a_first_update_that_fp16_skips_leaves_no_momentum(sample, name):
     model = models.make_model("custom_resnet", width=4)
-    optimizer = main.make_optimizer("sgd", model)
+    optimizer = main.make_optimizer(name, model)
     batch = next(iter(loaders_of(sample, 0)[0]))
     hook = model.linear.weight.register_hook(lambda gradient: gradient * float("inf"))
     before = [p.detach().clone() for p in model.parameters()]

@@ -1,3 +1,4 @@
+import copy
 import itertools
 import json
 import math
@@ -383,13 +384,66 @@ def test_a_loss_that_is_not_finite_stops_training_before_the_update(loaders):
 
 
 def test_unknown_optimizer_names_the_choices(tiny):
-    with pytest.raises(ValueError, match="unknown optimizer 'lion'; choose from adam, adamw, sgd"):
+    with pytest.raises(ValueError, match="unknown optimizer 'lion'; choose from adam, adamw, sgd, muon"):
         main.make_optimizer("lion", tiny)
 
 
 def test_sgd_has_nesterov_momentum(tiny):
     group = main.make_optimizer("sgd", tiny, 0.1, 5e-4).param_groups[0]
     assert (group["nesterov"], group["momentum"], group["weight_decay"]) == (True, 0.9, 5e-4)
+
+
+@pytest.mark.parametrize("precision", utils.PRECISIONS.values(), ids=str)
+@pytest.mark.parametrize(("shape", "size"), [((8, 40), 1e-12), ((40, 8), 1e12), ((16, 16), 1.0)])
+def test_orthogonal_turns_every_singular_value_into_about_one(shape, size, precision, monkeypatch):
+    monkeypatch.setattr(main, "pick_precision", lambda *_: precision)
+    matrix = torch.randn(shape, generator=torch.Generator().manual_seed(0)) * size
+    u, _, v = torch.linalg.svd(matrix, full_matrices=False)
+    found = main.orthogonal(matrix).float()
+    assert found.shape == matrix.shape
+    assert ((torch.linalg.svdvals(found) - 0.95).abs() < 0.35).all()
+    assert (found * (u @ v)).sum() / found.norm() / (u @ v).norm() > 0.97
+
+
+def test_muon_turns_convolutions_as_pytorchs_own_turns_matrices_and_leaves_the_rest_to_sgd(tiny):
+    torch.manual_seed(0)
+    optimizer = main.make_optimizer("muon", tiny, lr=0.05, weight_decay=0.1, head_rate=0.25)
+    convolutions, norms, head, bias = optimizer.param_groups
+    assert all(p.dim() == 4 for p in convolutions["params"]) and len(convolutions["params"]) == 8
+    assert [g["lr"] for g in (norms, head, bias)] == pytest.approx([0.4, 0.1, 0.1])
+    assert [g["weight_decay"] for g in optimizer.param_groups] == [0.1, 0, 0, 0]
+    wide = [p for p in convolutions["params"] if len(p) <= p[0].numel()]  # PyTorch's scales tall ones
+    matrices = [nn.Parameter(p.detach().flatten(1).clone()) for p in wide]
+    before = [p.detach().clone() for p in matrices]
+    theirs = torch.optim.Muon(matrices, lr=0.05, weight_decay=0.1, momentum=0.9)
+    others = [p for g in (norms, head, bias) for p in g["params"]]
+    copies = [nn.Parameter(p.detach().clone()) for p in others]
+    slower = {"params": copies[len(norms["params"]) :], "lr": 0.1}
+    groups = [{"params": copies[: len(norms["params"])]}, slower]
+    sgd = torch.optim.SGD(groups, lr=0.4, momentum=0.9, nesterov=True)
+    for _ in range(3):
+        for mine, copied in [*zip(wide, matrices, strict=True), *zip(others, copies, strict=True)]:
+            mine.grad = torch.randn_like(mine)
+            copied.grad = mine.grad.reshape_as(copied).clone()
+        for each in (optimizer, theirs, sgd):
+            each.step()
+    for mine, copied, first in zip(wide, matrices, before, strict=True):
+        assert (mine.flatten(1) - copied).norm() < 0.05 * (copied - first).norm()
+    for mine, copied in zip(others, copies, strict=True):
+        torch.testing.assert_close(mine, copied)
+
+
+def test_muon_takes_the_scale_out_of_scaled_gradients(tiny):
+    torch.manual_seed(0)
+    scaled = copy.deepcopy(tiny)
+    for model, scales in ((tiny, (1.0, 1.0)), (scaled, (2.0**14, 2.0**10))):
+        optimizer = main.make_optimizer("muon", model, lr=0.05)
+        for step, scale in enumerate(scales):
+            optimizer.grad_scale, optimizer.found_inf = torch.tensor(scale), torch.tensor(0.0)
+            for i, p in enumerate(model.parameters()):
+                p.grad = torch.randn(p.shape, generator=torch.Generator().manual_seed(i + step)) * scale
+            optimizer.step()
+    assert all(torch.equal(a, b) for a, b in zip(tiny.parameters(), scaled.parameters(), strict=True))
 
 
 # The command line
