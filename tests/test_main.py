@@ -433,6 +433,23 @@ def test_muon_turns_convolutions_as_pytorchs_own_turns_matrices_and_leaves_the_r
         torch.testing.assert_close(mine, copied)
 
 
+def test_muon_calls_a_closure_for_the_gradients_of_its_update(tiny):
+    images = torch.randn(8, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    called = copy.deepcopy(tiny)
+    loss = tiny(images).square().mean()
+    loss.backward()
+    main.make_optimizer("muon", tiny).step()
+    optimizer = main.make_optimizer("muon", called)
+
+    def closure():
+        value = called(images).square().mean()
+        value.backward()
+        return value
+
+    assert torch.equal(optimizer.step(closure), loss)
+    assert all(torch.equal(a, b) for a, b in zip(tiny.parameters(), called.parameters(), strict=True))
+
+
 def test_muon_takes_the_scale_out_of_scaled_gradients(tiny):
     torch.manual_seed(0)
     scaled = copy.deepcopy(tiny)
