@@ -38,7 +38,7 @@ RECIPES = {
     "custom_resnet_best": BEST,
     # As few epochs as 94 % takes, judged with mirrored test images; for a GPU, not measured yet.
     "speedrun": {**BEST, "epochs": 14, "peak_epoch": 3, "tta": True},
-    # 20 epochs: not measured yet with Muon.
+    # 20 epochs: ResNet18 94.69 % (1 seed) in 95 minutes; ResNet34 is not measured yet.
     "resnet18": {**BEST, **MUON, "model": "resnet18", "epochs": 20, "cutout": 16},
     "resnet34": {**BEST, **MUON, "model": "resnet34", "epochs": 20, "cutout": 16},
     # Full CIFAR-10 on a laptop: 87.15 ± 0.26 % (3 seeds) in 3.5 minutes.
