@@ -485,7 +485,7 @@ def make_optimizer(
     """Adam, AdamW (betas 0.9, 0.999), SGD with Nesterov momentum 0.9, or Muon, by name; fused kernels.
 
     Args:
-        lr: with Muon that of all weights but the last linear layer's; SGD_SHARE times it is the others'.
+        lr: with Muon that of what it moves; norms, biases and the last layer have SGD_SHARE times it.
         weight_decay: on the weights of convolutions and linear layers, not on norms and biases; with
             Muon not on the last linear layer either.
         head_rate: rate of the last linear layer, as a share of the others'; its decay, where it is
