@@ -450,6 +450,15 @@ def test_muon_calls_a_closure_for_the_gradients_of_its_update(tiny):
     assert all(torch.equal(a, b) for a, b in zip(tiny.parameters(), called.parameters(), strict=True))
 
 
+def test_muon_runs_each_hook_once_though_it_is_made_of_sgd(tiny):
+    torch.optim.SGD(tiny.parameters(), lr=0.1)  # from now on PyTorch runs hooks in SGD's own step
+    optimizer, calls = main.make_optimizer("muon", tiny), []
+    optimizer.register_step_pre_hook(lambda *_: calls.append("before"))
+    optimizer.register_step_post_hook(lambda *_: calls.append("after"))
+    optimizer.step()
+    assert calls == ["before", "after"]
+
+
 def test_muon_takes_the_scale_out_of_scaled_gradients(tiny):
     torch.manual_seed(0)
     scaled = copy.deepcopy(tiny)
