@@ -33,9 +33,9 @@ BEST = {
 RECIPES = {
     # The exercise as written: 93.11 % (1 seed) in 65 minutes.
     "custom_resnet": {},
-    # The same network and epochs.
+    # The same network and epochs: 94.37 % (1 seed) in 65 minutes.
     "custom_resnet_best": BEST,
-    # As few epochs as 94 % takes, judged with mirrored test images.
+    # As few epochs as 94 % takes, judged with mirrored test images: 93.46 % (1 seed).
     "speedrun": {**BEST, "epochs": 10, "tta": True},
     # 20 epochs: ResNet18 94.69 % (1 seed) in 95 minutes; ResNet34 is not measured yet.
     "resnet18": {**BEST, "model": "resnet18", "epochs": 20, "cutout": 16},
