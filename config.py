@@ -35,7 +35,7 @@ RECIPES = {
     "custom_resnet": {},
     # The same network and epochs: 94.37 % (1 seed) in 65 minutes.
     "custom_resnet_best": BEST,
-    # As few epochs as 94 % takes, judged with mirrored test images: 93.46 % (1 seed).
+    # Meant for 94 % in few epochs, judged with mirrored test images: 93.46 % (1 seed), so not there yet.
     "speedrun": {**BEST, "epochs": 10, "tta": True},
     # 20 epochs: ResNet18 94.69 % (1 seed) in 95 minutes; ResNet34 is not measured yet.
     "resnet18": {**BEST, "model": "resnet18", "epochs": 20, "cutout": 16},
