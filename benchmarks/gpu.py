@@ -42,7 +42,7 @@ MULTIPLY_ADDS = {
 PEAKS = {"T4": 65, "L4": 121, "V100": 125, "A100": 312, "H100": 989, "H200": 989}
 LEAST = 120  # seconds that must be left to begin a measurement
 TINY = (
-    "--dataset cifar10-sample --width 4 --batch-size 32 --epochs 1 --max-train-batches 2 "
+    "--dataset cifar10-sample --width 8 --batch-size 32 --epochs 1 --max-train-batches 2 "
     "--max-test-batches 1 --lr 0.01"
 ).split()
 UNFINISHED = 3  # exit code
@@ -63,7 +63,7 @@ class Bench:
         self.given, self.device, self.smoke = given, get_device(given.device), given.smoke
         given.device = str(self.device)
         # An epoch has 48 batches of 1,024.
-        self.steps, self.warmup, self.width = (2, 1, 4) if self.smoke else (36, 10, 64)
+        self.steps, self.warmup, self.width = (2, 1, 8) if self.smoke else (36, 10, 64)
         machine = common.machine_facts(given.device)["machine"]
         self.folder = common.result_folder(given) / "gpu" / time_to_accuracy.slug(machine)
         self.folder.mkdir(parents=True, exist_ok=True)

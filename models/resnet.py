@@ -34,14 +34,21 @@ class ResNet(nn.Module):
     Args:
         blocks: number of blocks in each of the four stages.
         num_classes: K, the number of logits.
-        width: channels of the stem and first stage; it doubles at each later stage.
+        width: channels of the stem and first stage, 8 or more; it doubles at each later stage.
 
     Shape:
         (N, 3, H, W) float -> (N, K) logits; trained at 32x32.
+
+    Raises:
+        ValueError: a width under 8.
     """
 
     def __init__(self, blocks: tuple[int, int, int, int], num_classes: int = 10, width: int = 64):
         super().__init__()
+        if width < 8:
+            # There, on CPUs without AVX-512, PyTorch's gradient of a shortcut writes past its memory:
+            # crashes, hangs, wrong numbers (oneDNN issue 6035, open; seen with torch 2.15.0).
+            raise ValueError(f"width of a ResNet must be at least 8, not {width}")
         w = width
         self.conv1 = nn.Conv2d(3, w, 3, padding=1, bias=False)
         self.bn1 = nn.BatchNorm2d(w)

@@ -583,6 +583,7 @@ def test_a_changed_configuration_is_not_resumed(change, finished, capsys, monkey
     split = main.load_split("cifar10-sample", "train"), main.load_split("cifar10-sample", "test")
     monkeypatch.setattr("data.load_cifar10", lambda part, root: split[part == "test"])
     flags = ["--output", str(finished), "--resume", f"--{name.replace('_', '-')}", value]
+    flags += ["--width", "8"] * (name == "model")  # the least of a ResNet
     with pytest.raises(SystemExit) as stop:
         main.main([*SMOKE, *flags])
     printed = capsys.readouterr().err

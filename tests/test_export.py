@@ -46,7 +46,7 @@ def run(content, format, images):
 
 def test_an_exported_network_takes_pixels_and_answers_as_the_model_does(format, sample, tmp_path):
     torch.manual_seed(0)
-    model = models.make_model("resnet18", width=4)
+    model = models.make_model("resnet18", width=8)
     for module in model.modules():  # statistics that a fresh network would not miss
         if isinstance(module, torch.nn.BatchNorm2d):
             module.running_mean.uniform_(-0.5, 0.5), module.running_var.uniform_(0.5, 2)

@@ -36,7 +36,7 @@ def test_torch_hub_loads_the_three_networks(name):
 
 
 def test_options_reach_the_network():
-    assert hub("resnet18", width=4, num_classes=3)(torch.zeros(1, 3, 32, 32)).shape == (1, 3)
+    assert hub("resnet18", width=8, num_classes=3)(torch.zeros(1, 3, 32, 32)).shape == (1, 3)
 
 
 def test_pretrained_weights_come_with_their_card_and_ready_to_use(copy, tiny):

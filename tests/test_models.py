@@ -48,15 +48,20 @@ def test_stage_has_the_documented_shape(name, stage):
 @pytest.mark.parametrize("name", models.MODELS)
 @pytest.mark.parametrize("side", [32, 48])
 def test_logits_have_shape_n_by_classes_at_any_size(name, side):
-    model = models.make_model(name, num_classes=7, width=4)
+    model = models.make_model(name, num_classes=7, width=8)
     assert model(torch.zeros(2, 3, side, side)).shape == (2, 7)
 
 
 @pytest.mark.parametrize("name", models.MODELS)
 def test_every_parameter_receives_a_gradient(name):
-    model = models.make_model(name, width=4)
+    model = models.make_model(name, width=8)
     model(torch.randn(4, 3, 32, 32)).logsumexp(1).sum().backward()
     assert [n for n, p in model.named_parameters() if p.grad is None or not p.grad.any()] == []
+
+
+def test_a_resnet_whose_gradient_may_crash_a_cpu_is_refused():
+    with pytest.raises(ValueError, match="width of a ResNet must be at least 8, not 7"):
+        models.make_model("resnet18", width=7)
 
 
 def test_unknown_model_names_the_choices():

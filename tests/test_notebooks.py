@@ -14,7 +14,7 @@ import main
 import utils
 
 ROOT = Path(__file__).parent.parent
-SMOKE = "--dataset cifar10-sample --width 4 --epochs 1 --batch-size 128 --precision fp32"
+SMOKE = "--dataset cifar10-sample --width 8 --epochs 1 --batch-size 128 --precision fp32"
 RECIPES = {"train_cifar10": "custom_resnet", "train_resnet18": "resnet18"}
 
 
