@@ -4,7 +4,8 @@ python -m benchmarks.step
 
 The course's: fp32, NCHW, the loss read at every step, Albumentations image by image in two workers.
 Ours: what `train` chooses: channels-last memory, bf16 where the CPU has instructions for it, and freed
-memory kept. Each runs in a process of its own; the first step is not timed.
+memory kept. Each runs in a process of its own; the first step is not timed. Without bf16 little is to be
+won but the layout of memory, and all that is claimed is not to be slower.
 """
 
 import torch
@@ -14,6 +15,7 @@ from benchmarks.peers.__main__ import compare
 from utils import name_of, pick_precision
 
 CPU = torch.device("cpu")
+CLAIMED = {"bf16": 2.5, "fp32": 1.0}  # times the course's rate
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -28,8 +30,9 @@ def main(argv: list[str] | None = None) -> None:
     found = {name: [one["rate"] for one in rounds] for name, rounds in results.items()}
     theirs, mine = found.values()
     rows = [common.make_row(name, values) for name, values in found.items()]
-    claims = [common.make_claim("ours / the course's loop", common.ratios(mine, theirs), 2.5)]
     precision = name_of(pick_precision("auto", CPU))
+    ratios = common.ratios(mine, theirs)
+    claims = [common.make_claim("ours / the course's loop", ratios, CLAIMED[precision])]
     result = common.make_result("step", "images/s", rows, claims, given, **sizes, precision=precision)
     common.publish(result, given)
 

@@ -5,6 +5,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 
 from benchmarks import common, gpu, overhead, start, step, tables, time_to_accuracy
 from benchmarks import input as input_benchmark
@@ -50,6 +51,14 @@ def test_step_compares_the_course_with_ours(tmp_path, capsys):
     result = result_of(step, tmp_path)
     check(result, ["the course's loop", "ours"], ["ours / the course's loop"])
     assert common.render(result) in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("dtype, least", [(torch.bfloat16, 2.5), (torch.float32, 1)])
+def test_step_claims_a_multiple_where_the_cpu_computes_in_bf16(tmp_path, monkeypatch, dtype, least):
+    monkeypatch.setattr(step, "compare", lambda names, *_: {name: [{"rate": 1.0}] for name in names})
+    monkeypatch.setattr(step, "pick_precision", lambda *_: dtype)
+    (claim,) = result_of(step, tmp_path)["claims"]
+    assert claim["target"] == least
 
 
 def test_overhead_compares_fit_model_with_a_bare_loop_at_two_widths(tmp_path):
