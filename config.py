@@ -65,7 +65,7 @@ class Config:
     """
 
     model: str = setting("custom_resnet", "network", group="model")
-    width: int = setting(64, "channels of the network's first layer")
+    width: int = setting(64, "channels of the first layer; of a ResNet 8 or more")
     dropout: float = setting(0.0, "probability before the linear layer; custom_resnet only")
     bias: bool = setting(False, "biases in the convolutions; custom_resnet only")
     dataset: str = setting("cifar10", "", group="data")
@@ -119,8 +119,8 @@ class Config:
         if self.resume and not self.output:
             raise ValueError("resume needs output, the folder of the run to continue")
         side = self.image_size
-        if self.cutout > side:
-            raise ValueError(f"cutout must be at most the image side, {side}, not {self.cutout}")
+        if self.cutout >= side:
+            raise ValueError(f"cutout must be under the image side, {side}, not {self.cutout}")
         if self.padding >= side:
             raise ValueError(f"padding must be under the image side, {side}, not {self.padding}")
         if self.model != "custom_resnet" and (self.dropout or self.bias):

@@ -27,12 +27,12 @@ import cv2
 import numpy as np
 import torch
 from filelock import FileLock
-from PIL import Image, ImageOps
+from PIL import ExifTags, Image, ImageOps
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 from tqdm import tqdm
 
-from config import CHOICES, Config
+from config import CHOICES, Config, choose
 from files import write_whole
 from transforms import (
     CIFAR10_MEAN,
@@ -109,6 +109,9 @@ SAMPLE = Path(__file__).parent / "sample"
 IMAGE_FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF")
 PARTS = {"train", "test", "val", "valid", "validation"}  # folders that are no classes, if all there is
 MOST_PIXELS = 50_000_000  # of an image file; more is refused before it is decoded
+# The turn that shows a photograph upright, by the orientation in its metadata; 1 needs none.
+_TURNS = "FLIP_LEFT_RIGHT ROTATE_180 FLIP_TOP_BOTTOM TRANSPOSE ROTATE_270 TRANSVERSE ROTATE_90".split()
+UPRIGHT = {number: Image.Transpose[name] for number, name in enumerate(_TURNS, 2)}
 
 # The streams of random numbers: order = f(seed, epoch), augmentation = f(seed, epoch, position).
 ORDER, AUGMENTATION = 0, 1
@@ -169,23 +172,22 @@ def load_split(
         ValueError: unknown name, or unusable images; the message names them.
         OSError: the dataset could not be had; the message says why, and what to do.
     """
-    if split not in ("train", "test"):
-        raise ValueError(f"unknown split {split!r}; choose from train, test")
+    choose("split", split, ("train", "test"))
+    choose("dataset", dataset, CHOICES["dataset"])
     if dataset == "cifar10":
         return load_cifar10(split, Path(root))
     if dataset == "cifar10-sample":
         return load_sample(split)
     if dataset == "folder":
         return load_folder(split, Path(root), image_size)
-    if dataset in FETCHED:
-        return load_fetched(dataset, split, Path(root))
-    raise ValueError(f"unknown dataset {dataset!r}; choose from {', '.join(CHOICES['dataset'])}")
+    return load_fetched(dataset, split, Path(root))
 
 
 def statistics(images: np.ndarray) -> tuple[tuple[float, ...], tuple[float, ...]]:
     """Mean and standard deviation of each channel over all pixels, in [0, 1].
 
-    Exact: it counts how often each of the 256 values occurs.
+    Exact: it counts how often each of the 256 values occurs. A channel that is the same everywhere has
+    a deviation of 1/255, one step, as normalising divides by it.
 
     Args:
         images: uint8 (N, H, W, C).
@@ -197,7 +199,7 @@ def statistics(images: np.ndarray) -> tuple[tuple[float, ...], tuple[float, ...]
         np.average((values - mean) ** 2, weights=count)
         for mean, count in zip(means, counts, strict=True)
     ]
-    return tuple(map(float, means)), tuple(float(v**0.5) for v in variances)
+    return tuple(map(float, means)), tuple(float(v**0.5) or 1 / 255 for v in variances)
 
 
 def load_cifar10(split: str, root: Path) -> Split:
@@ -440,6 +442,8 @@ def load_folder(split: str, root: Path, image_size: int) -> Split:
     if names >= {"train", "test"}:
         classes, train = list_images(root / "train", tell)
         others, test = list_images(root / "test", tell)
+        if tell and len(names) > 2:
+            print(f"{root}: passed over {', '.join(sorted(names - {'train', 'test'}))}")
         if classes != others:
             raise ValueError(f"{root}/train has classes {classes}, {root}/test {others}")
     elif names and names <= PARTS:
@@ -485,11 +489,18 @@ def list_images(folder: Path, tell: bool = False) -> tuple[tuple[str, ...], list
 def read_images(
     classes: tuple[str, ...], files: list[tuple[Path, int]], image_size: int, others=()
 ) -> Split:
-    """Read and resize them all; the unreadable ones are named, with those of `others`, another split."""
+    """Read and resize them all; the unreadable ones are named, with those of `others`, another split.
+
+    Raises:
+        ValueError: names five of them; if there are more, all were printed, one a line.
+    """
     images, bad = read_all(files, image_size)
     if bad:
         bad += read_all(others, image_size)[1]
-        more = f"; and {len(bad) - 5} more" if len(bad) > 5 else ""
+        more = ""
+        if len(bad) > 5:
+            print(*bad, sep="\n")
+            more = f"; and {len(bad) - 5} more, listed above"
         total = len(files) + len(others)
         raise ValueError(f"{len(bad)} of {total} files cannot be used: {'; '.join(bad[:5])}{more}")
     return Split(np.stack(images), np.array([label for _, label in files]), classes)
@@ -516,7 +527,9 @@ def read_image(path: str | Path, size: int) -> np.ndarray:
         with quiet_open(path) as image:
             if image.width * image.height > MOST_PIXELS:
                 raise ValueError(f"{image.width} x {image.height} pixels, over {MOST_PIXELS:,}")
-            upright = ImageOps.exif_transpose(image)
+            # Not exif_transpose, which writes all metadata anew and fails where any of it is odd.
+            turn = UPRIGHT.get(image.getexif().get(ExifTags.Base.Orientation))
+            upright = image if turn is None else image.transpose(turn)
             if upright.mode.startswith("I;16"):  # Pillow would cut the values off at 255
                 upright = Image.fromarray((np.asarray(upright) >> 8).astype(np.uint8))
             upright = upright.convert("RGB")

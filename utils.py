@@ -27,6 +27,7 @@ from torch.optim.lr_scheduler import OneCycleLR
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
+from config import choose
 from files import write_whole
 
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -126,6 +127,11 @@ class History:
         writer.writerows(map(asdict, self.epochs))
         write_whole(folder / "history.csv", table.getvalue())
 
+    @property
+    def steps_per_epoch(self) -> int:
+        """Updates in each of its epochs."""
+        return len(self.lrs) // len(self.epochs)
+
     @classmethod
     def load(cls, folder: Path) -> "History":
         """Read what `save` wrote."""
@@ -174,10 +180,9 @@ def pick_precision(name: str, device: torch.device) -> torch.dtype:
     Raises:
         ValueError: no precision has that name.
     """
+    choose("precision", name, ("auto", *PRECISIONS))
     if name in PRECISIONS:
         return PRECISIONS[name]
-    if name != "auto":
-        raise ValueError(f"unknown precision {name!r}; choose from auto, {', '.join(PRECISIONS)}")
     if device.type == "cuda":
         modern = torch.cuda.get_device_capability(device)[0] >= 8
         return torch.bfloat16 if modern else torch.float16
@@ -277,6 +282,21 @@ class LRFinderResult:
     lrs: list[float]
     losses: list[float]
     suggestions: dict[str, float]
+
+
+def read_finder(folder: Path) -> LRFinderResult | None:
+    """The range test of a run folder, or None if there was none.
+
+    Raises:
+        ValueError: lr_finder.json is not what a run writes.
+    """
+    path = folder / "lr_finder.json"
+    try:
+        return LRFinderResult(**json.loads(path.read_text(encoding="utf-8")))
+    except FileNotFoundError:
+        return None
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"{path} is not what a run writes ({error})") from None
 
 
 def find_lr(

@@ -100,7 +100,7 @@ def test_flags_have_the_types_of_their_fields(flags, field, value):
         (["--batch-size", "1"], "batch_size must be at least 2, not 1"),
         (["--val-split", "1"], "val_split must be at least 0 and at most 0.9, not 1.0"),
         (["--weight-decay", "nan"], "weight_decay must be at least 0, not nan"),
-        (["--cutout", "33"], "cutout must be at most the image side, 32, not 33"),
+        (["--cutout", "32"], "cutout must be under the image side, 32, not 32"),
         (["--padding", "32"], "padding must be under the image side, 32, not 32"),
         (["--seed", "-1"], "seed must be at least 0"),
         (["--model", "resnet18", "--dropout", "0.1"], "dropout and bias are custom_resnet's"),

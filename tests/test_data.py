@@ -9,6 +9,7 @@ import os
 import pickle
 import shutil
 import signal
+import struct
 import tarfile
 import threading
 from hashlib import md5, sha256
@@ -20,7 +21,7 @@ import pytest
 import scipy.io
 import torch
 from albumentations.pytorch import ToTensorV2
-from PIL import Image, ImageOps
+from PIL import ExifTags, Image, ImageOps
 from torch.utils.data import DataLoader, Dataset, get_worker_info
 from torchvision.datasets import CIFAR10, CIFAR100, SVHN, FashionMNIST
 
@@ -28,7 +29,7 @@ import data
 import main
 from config import Config
 from data import Batches, EpochSampler, Samples, Split, load_split, make_loader, make_loaders
-from transforms import CIFAR10_MEAN, train_transform, vectorize
+from transforms import CIFAR10_MEAN, normalize, train_transform, vectorize
 from transforms import test_transform as evaluation_transform
 
 SMOKE = Config(dataset="cifar10-sample", batch_size=64)
@@ -64,6 +65,15 @@ def test_statistics_are_those_of_numpy(sample):
     np.testing.assert_allclose(std, pixels.std(0), rtol=1e-12)
 
 
+def test_a_colour_that_is_the_same_in_every_pixel_is_normalised_to_nought(sample):
+    images = sample.images[:20].copy()
+    images[..., 1] = 70
+    mean, std = data.statistics(images)
+    assert std[1] == 1 / 255 and mean[1] == pytest.approx(70 / 255)
+    inputs = normalize(images, mean, std)
+    assert inputs[:, 1].abs().max() < 1e-4 and inputs[:, 0].std() > 0.9
+
+
 @pytest.mark.parametrize(
     ("images", "labels", "message"),
     [
@@ -83,7 +93,10 @@ def test_unusable_images_and_labels_are_refused(images, labels, message):
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
-    [(("cifar", "train"), "unknown dataset 'cifar'"), (("cifar10", "val"), "unknown split 'val'")],
+    [
+        (("cifar", "train"), "unknown dataset 'cifar'.*; did you mean cifar10"),
+        (("cifar10", "tests"), "unknown split 'tests'.*; did you mean test"),
+    ],
 )
 def test_unknown_names_are_refused(arguments, message):
     with pytest.raises(ValueError, match=message):
@@ -539,25 +552,34 @@ def test_a_folder_of_images_of_any_size_and_mode_becomes_two_splits(folder):
     assert not seen
 
 
-def test_a_folder_with_train_and_test_keeps_them(folder, tmp_path_factory):
+def test_a_folder_with_train_and_test_keeps_them(folder, tmp_path_factory, capsys):
     root = tmp_path_factory.mktemp("split")
     shutil.copytree(folder, root / "train")
     shutil.copytree(folder, root / "test")
     assert len(load_split("folder", "train", root)) == len(load_split("folder", "test", root)) == 30
+    (root / "val").mkdir()
+    load_split("folder", "train", root)
+    assert capsys.readouterr().out.endswith(f"{root}: passed over val\n")
     shutil.rmtree(root / "test" / "cow")
     with pytest.raises(ValueError, match=r"train has classes .*cow.*, .*test \('ant', 'bee'\)"):
         load_split("folder", "train", root)
 
 
 @pytest.mark.parametrize("split", ["train", "test"])
-def test_unreadable_images_of_both_splits_are_named_at_once(folder, split):
+def test_unreadable_images_of_both_splits_are_named_at_once(folder, split, capsys):
     for k in range(9):
         (folder / "bee" / f"broken{k}.png").write_bytes(b"\x89PNG\r\n\x1a\n but no more")
         (folder / "cow" / f"page{k}.jpg").write_text("<html></html>")
-    message = r"18 of 48 files cannot be used: .*(broken|page).*; and 13 more$"
+    message = r"18 of 48 files cannot be used: .*(broken|page).*; and 13 more, listed above$"
     with pytest.raises(ValueError, match=message) as caught:
         load_split("folder", split, folder)
     assert "\n" not in str(caught.value)
+    lines = [line for line in capsys.readouterr().out.splitlines() if "no readable image" in line]
+    names = {Path(line.partition(" is ")[0]).name for line in lines}
+    assert len(lines) == 18
+    assert names == {
+        f"{name}{k}.{end}" for name, end in (("broken", "png"), ("page", "jpg")) for k in range(9)
+    }
 
 
 def test_a_file_that_is_broken_in_the_other_split_does_not_stop_this_one(folder, tmp_path_factory):
@@ -637,14 +659,19 @@ def test_a_16_bit_image_keeps_its_shades(tmp_path):
     )
 
 
-def test_a_photograph_is_turned_upright(tmp_path):
-    image = Image.new("RGB", (40, 40))
-    image.paste((255, 255, 255), (0, 0, 40, 20))  # white above black
+@pytest.mark.parametrize("orientation", range(9))
+def test_a_photograph_is_turned_upright_whatever_else_its_metadata_says(tmp_path, sample, orientation):
+    image = Image.fromarray(sample.images[0])
     exif = image.getexif()
-    exif[0x0112] = 6  # to be shown turned by 90 degrees clockwise
+    exif[ExifTags.Base.Orientation] = orientation
     image.save(tmp_path / "turned.png", exif=exif)
-    upright = data.read_image(tmp_path / "turned.png", 40)
-    assert upright[:, 30:].mean() > 250 > 5 > upright[:, :10].mean()
+    upright = ImageOps.exif_transpose(Image.open(tmp_path / "turned.png"))
+    np.testing.assert_array_equal(data.read_image(tmp_path / "turned.png", 32), upright)
+    # One tag more, of a type that it cannot have: 0x011A, the horizontal resolution, as bytes.
+    odd = b"Exif\0\0MM\0*\0\0\0\x08\0\x02"
+    odd += struct.pack(">HHLHHHHLL", 0x0112, 3, 1, orientation, 0, 0x011A, 1, 1, 1 << 24)
+    image.save(tmp_path / "odd.png", exif=odd + bytes(4))
+    np.testing.assert_array_equal(data.read_image(tmp_path / "odd.png", 32), upright)
 
 
 # Order, splits and batches
