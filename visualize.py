@@ -6,6 +6,7 @@ notebook, keep it with `savefig`.
 
 import copy
 import itertools
+import textwrap
 from collections.abc import Sequence
 
 import cv2
@@ -34,6 +35,7 @@ STYLE = {
     "figure.dpi": 110,
     "figure.constrained_layout.h_pad": 0.06,  # inches
 }
+WIDEST = 40  # inches, of a confusion matrix
 SMALLEST_MAP = 5  # pixels: a class activation map under 5 x 5 shows where nothing is
 
 
@@ -80,6 +82,7 @@ def gallery(images: np.ndarray, titles: Sequence[str], title: str) -> Figure:
     """
     columns, inches = (5, 1.65) if len(images) <= 20 else (7, 1.4)
     rows = max(1, -(-len(images) // columns))
+    titles = [wrap(name, inches) for name in titles]
     with matplotlib.rc_context(STYLE):
         height = inches + 0.08 + 0.15 * max((1 + name.count("\n") for name in titles), default=0)
         size = (inches * columns, height * rows + 0.4 * bool(title))
@@ -92,6 +95,17 @@ def gallery(images: np.ndarray, titles: Sequence[str], title: str) -> Figure:
             cell.imshow(image)
             cell.set_title(name, fontsize=9, pad=3)
     return figure
+
+
+def wrap(text: str, inches: float) -> str:
+    """A small title in lines that are no longer than its picture is wide."""
+    letters = int(inches * 14)  # of DejaVu Sans, 9 points
+    return literal("\n".join(textwrap.fill(line, letters) for line in text.splitlines()))
+
+
+def literal(text: str) -> str:
+    """A name that matplotlib draws as it is: between two dollar signs it would expect mathematics."""
+    return text.replace("$", r"\$")
 
 
 def plot_history(histories: dict[str, History]) -> Figure:
@@ -125,7 +139,7 @@ def draw_curves(axes, name: str, history: History, color: str, mark: str) -> Non
         judged = [getattr(row, f"{part}_{metric}") for row in history.epochs]
         axis.plot(epochs, trained, "--", color=color, linewidth=1, alpha=0.6)
         style = {"color": color, "marker": mark, "markersize": 5, "linewidth": 2}
-        label = f"{name}: {part} {judged[-1]:.2%}, training {trained[-1]:.2%}"
+        label = f"{literal(name)}: {part} {judged[-1]:.2%}, training {trained[-1]:.2%}"
         axis.plot(epochs, judged, "-", label=label, **style)
 
 
@@ -186,7 +200,9 @@ def plot_confusion_matrix(predictions: Predictions, classes: Sequence[str]) -> F
     labels = range(len(classes))
     counts = confusion_matrix(predictions.labels, predictions.predicted, labels=labels)
     shares = counts / np.maximum(counts.sum(1, keepdims=True), 1)
-    side = max(5.0, (0.62 if len(classes) <= 20 else 0.17) * len(classes) + 1.4)
+    side = min(max(5.0, (0.62 if len(classes) <= 20 else 0.17) * len(classes) + 1.4), WIDEST)
+    letters = {"fontsize": min(10, 60 * side / len(classes))}
+    names = [literal(name) for name in classes]
     with matplotlib.rc_context(STYLE | {"axes.grid": False}):
         figure = Figure(figsize=(side + 0.8, side), layout="constrained")
         axis = figure.subplots()
@@ -203,8 +219,8 @@ def plot_confusion_matrix(predictions: Predictions, classes: Sequence[str]) -> F
                     fontsize=8.5,
                     color=color,
                 )
-        axis.set_xticks(labels, classes, rotation=45, ha="right", rotation_mode="anchor")
-        axis.set_yticks(labels, classes)
+        axis.set_xticks(labels, names, rotation=45, ha="right", rotation_mode="anchor", **letters)
+        axis.set_yticks(labels, names, **letters)
         axis.set(
             xlabel="predicted",
             ylabel="true",
@@ -341,15 +357,14 @@ def plot_gradcam(
         for answers in (predictions.labels, predictions.predicted)
     ]
     with matplotlib.rc_context(STYLE):
-        columns = 1 if len(chosen) < 2 else 2
-        rows = -(-len(chosen) // columns)
-        figure = Figure(figsize=(4.6 * columns, 1.72 * rows + 0.5), layout="constrained")
+        rows = -(-len(chosen) // 2)
+        figure = Figure(figsize=(9.2, 1.72 * rows + 0.5), layout="constrained")
         figure.suptitle(f"Grad-CAM at {layer}: image, evidence for the true and for the predicted class")
-        cells = figure.subplots(rows, 3 * columns, squeeze=False)
+        cells = figure.subplots(rows, 6, squeeze=False)
         for cell in cells.ravel():
             cell.set_axis_off()
         for place, index in enumerate(chosen):
-            trio = cells[place // columns, 3 * (place % columns) :][:3]
+            trio = cells[place // 2, 3 * (place % 2) :][:3]
             draw_cams(trio, images[index], [maps[place] for maps in pairs], predictions, index, classes)
     return figure
 
@@ -363,4 +378,5 @@ def draw_cams(cells, image, maps, predictions: Predictions, index: int, classes)
         cell.imshow(overlay(image, heat))
         note = "" if heat.any() else ": no evidence"
         probability = predictions.probabilities[index, answer]
-        cell.set_title(f"{kind}{note}\n{classes[answer]} {probability:.1%}", fontsize=8.5, pad=3)
+        title = wrap(f"{kind}{note}\n{classes[answer]} {probability:.1%}", 1.5)
+        cell.set_title(title, fontsize=8.5, pad=3)

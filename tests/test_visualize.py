@@ -4,7 +4,9 @@ import itertools
 import numpy as np
 import pytest
 import torch
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.text import Text
 
 import models
 import visualize
@@ -28,6 +30,13 @@ def texts(figure):
     """Every title of a figure."""
     titles = [axis.get_title() for axis in figure.axes] + [figure.get_suptitle()]
     return [title for title in titles if title]
+
+
+def drawn(figure):
+    """Draw a figure; returns the renderer, by which its texts know their places."""
+    canvas = FigureCanvasAgg(figure)
+    canvas.draw()
+    return canvas.get_renderer()
 
 
 def make_history(val=False):
@@ -122,14 +131,50 @@ def test_the_confusion_matrix_keeps_classes_that_never_occur():
     assert len(figure.axes[0].texts) == 100
 
 
-def test_a_hundred_classes_fit_a_figure_without_overlap():
-    labels = np.arange(100)
-    predictions = Predictions(np.eye(100, dtype=np.float32), labels)
+@pytest.mark.parametrize(("count", "widest"), [(100, 20), (700, 41)])
+def test_many_classes_fit_a_figure_without_overlap(count, widest):
+    labels = np.arange(count)
+    predictions = Predictions(np.eye(count, dtype=np.float32), labels)
     figure = visualize.plot_confusion_matrix(predictions, [f"class {k}" for k in labels])
-    figure.canvas.draw()
-    assert max(figure.get_size_inches()) < 20
-    boxes = [label.get_window_extent() for label in figure.axes[0].get_yticklabels()]
+    renderer = drawn(figure)
+    assert max(figure.get_size_inches()) < widest  # WebP ends at 16,383 pixels
+    boxes = [label.get_window_extent(renderer) for label in figure.axes[0].get_yticklabels()]
     assert all(upper.y0 >= lower.y1 for upper, lower in itertools.pairwise(boxes))
+
+
+NAMES = [f"a very long name of a class, number {k}, indeed" for k in range(9)] + ["n" * 60]
+
+
+@pytest.mark.parametrize("wrong", [1, 20, 30])
+def test_long_names_lie_beside_each_other_and_within_the_figure(sample, tiny, wrong):
+    predictions = make_predictions(sample, wrong)
+    for figure in (
+        visualize.plot_misclassified(sample.images, predictions, NAMES, 30),
+        visualize.plot_gradcam(tiny, sample.images, predictions, NAMES, layer="layer1"),
+    ):
+        renderer = drawn(figure)
+        titles = [axis.title for axis in figure.axes if axis.get_title()]
+        head, *boxes = (text.get_window_extent(renderer) for text in (figure._suptitle, *titles))
+        assert boxes and all(figure.bbox.fully_contains(*corner) for corner in head.corners())
+        pictures = [axis.get_window_extent() for axis in figure.axes if axis.images]
+        assert not any(a.overlaps(b) for a, b in itertools.combinations([*boxes, head], 2))
+        assert not any(box.padded(-2).overlaps(picture) for box in boxes for picture in pictures)
+
+
+def test_dollars_in_names_are_drawn_and_not_read_as_mathematics(sample, tiny):
+    names = ["$", "$$", "$_$", "under $5, over $10", *CLASSES[4:]]
+    predictions = make_predictions(sample, 30)
+    figures = [
+        visualize.plot_samples(sample.images, sample.labels, names),
+        visualize.plot_misclassified(sample.images, predictions, names),
+        visualize.plot_confusion_matrix(predictions, names),
+        visualize.plot_gradcam(tiny, sample.images, predictions, names, layer="layer1"),
+        visualize.plot_history({"runs/$a$": make_history()}),
+    ]
+    for figure in figures:
+        drawn(figure)
+        found = [text for text in figure.findobj(Text) if "$" in text.get_text()]
+        assert found and not any(text._preprocess_math(text.get_text())[1] for text in found)
 
 
 # Grad-CAM
