@@ -13,7 +13,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import nn
 
-from config import Config
+from config import Config, nearest
 from files import lock_folder, reason, unlock_folder, unlocked_on_error, write_whole
 from models import MODELS, make_model
 from utils import Epoch, History, Tally, environment
@@ -355,7 +355,7 @@ def load_weights(path: str | Path) -> tuple[nn.Module, dict]:
         path = SHIPPED / f"{path}.safetensors"
     path = path / "weights.safetensors" if path.is_dir() else path
     if not path.is_file():
-        raise ValueError(f"there is no weights file {path}")
+        raise ValueError(f"there is no weights file {path}{nearest(path, MODELS)}")
     try:
         with safe_open(path, framework="pt") as file:
             card = json.loads((file.metadata() or {})["card"])

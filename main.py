@@ -57,6 +57,7 @@ from utils import (
     name_of,
     one_cycle,
     pick_precision,
+    read_finder,
     seed_everything,
     summarize,
 )
@@ -847,9 +848,9 @@ def range_test(
 
     A run that is continued has it already.
     """
-    path = folder / "lr_finder.json"
-    if config.resume and path.is_file():
-        return LRFinderResult(**json.loads(path.read_text(encoding="utf-8")))
+    kept = read_finder(folder) if config.resume else None
+    if kept:
+        return kept
     found = find_lr(
         model,
         device,
@@ -858,7 +859,7 @@ def range_test(
         precision=config.precision,
         label_smoothing=config.label_smoothing,
     )
-    write_whole(path, json.dumps(asdict(found)))
+    write_whole(folder / "lr_finder.json", json.dumps(asdict(found)))
     suggested = [f"{rule} {rate:.3g}" for rule, rate in found.suggestions.items()]
     print(f"range test, {len(found.lrs)} steps: {', '.join(suggested)}")
     return found
@@ -898,6 +899,7 @@ def make_card(config: Config, loaders: Loaders) -> dict:
         "classes": list(loaders.classes),
         **{name: list(values) for name, values in loaders.normalization.items()},
         "data_sha256": loaders.train.dataset.split.digest(),
+        "test_sha256": loaders.test.dataset.split.digest(),
         "augmentation": loaders.train.dataset.describe(),
         "config": config.identity,
     }
@@ -962,21 +964,32 @@ def test_command(argv: list[str]) -> None:
         given.weights = given.weights or given.run or DEFAULT_WEIGHTS
         model, card, device = read_model(given)
         config = run_config(card, given)
-        split, loader = test_images(config, card, device)
+        split, loader = test_images(config, card, device, own=given.data is None)
     stats = test(model, device, loader, precision=config.precision, tta=config.tta)
     images = f"{len(split):,} images" + ", each with its mirror image" * config.tta
     print(f"test loss {stats.loss:.4f}, accuracy {stats.accuracy:.2%} of {images}")
 
 
-def test_images(config: Config, card: dict, device: torch.device) -> tuple[Split, DataLoader]:
+def test_images(
+    config: Config, card: dict, device: torch.device, own: bool = False
+) -> tuple[Split, DataLoader]:
     """The test images of a dataset, and a loader of them as saved weights expect them.
 
+    Args:
+        own: they must be those that the run was judged on. A folder without parts is divided anew when
+            a file comes or goes, and then tests on images that the run was trained on.
+
     Raises:
-        ValueError: the weights know other classes.
+        ValueError: the weights know other classes, or the images are not the run's own.
     """
     split = load_split(config.dataset, "test", config.data, image_size=config.image_size)
     if list(split.classes) != card["classes"]:
         raise ValueError(f"the weights know {card['classes']}, not {list(split.classes)}")
+    if own and card.get("test_sha256", split.digest()) != split.digest():
+        raise ValueError(
+            f"the test images in {config.data} are not those of the run, which may have been trained "
+            "on some of them; --data names images to judge on"
+        )
     return split, make_loader(split, test_transform(card["mean"], card["std"]), device, config)
 
 
@@ -1131,7 +1144,7 @@ def export_command(argv: list[str]) -> None:
         "weights", nargs="?", default=DEFAULT_WEIGHTS, help="as in test (default: %(default)s)"
     )
     parser.add_argument("--format", default="onnx", help=f"{', '.join(FORMATS)} (default: onnx)")
-    parser.add_argument("--output", help="file to write (default: model.onnx or model.pt2 in the run)")
+    parser.add_argument("--output", help="(default: model.onnx or .pt2 in the run, or beside the file)")
     given = parser.parse_args(argv)
     model, card = load_weights(given.weights)
     choose("format", given.format, FORMATS)
@@ -1159,7 +1172,8 @@ def model_parser(command: str, description: str, shipped: bool = True):
     else:
         parser.add_argument("weights", metavar="run", help="run folder")
     parser.add_argument("--device", default="auto", help="cpu, cuda, mps (default: auto)")
-    parser.add_argument("--precision", choices=CHOICES["precision"], help="(default: the run's)")
+    names = ", ".join(CHOICES["precision"])
+    parser.add_argument("--precision", help=f"{names} (default: the run's)")
     return parser
 
 

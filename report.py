@@ -1,6 +1,7 @@
 """Turns one finished run into a folder a person can read."""
 
 import json
+import re
 import textwrap
 from pathlib import Path
 
@@ -10,7 +11,7 @@ from torch import nn
 from config import Config, command_of
 from files import write_whole
 from transforms import denormalize
-from utils import History, LRFinderResult, Predictions
+from utils import History, LRFinderResult, Predictions, read_finder
 from visualize import (
     cam_layers,
     plot_confusion_matrix,
@@ -42,25 +43,20 @@ def write_report(folder: str | Path, model: nn.Module, loaders, predictions: Pre
     found = read_finder(folder) if config["lr"] is None else None
     draw_training(folder, config, history, found, loaders)
     layers = draw_results(folder, model, loaders, predictions)
+    classes = [escape(name) for name in loaders.classes]
     parts = [
-        headline(config, history, predictions, loaders.classes),
+        headline(config, history, predictions, classes),
         data_section(loaders, config),
         model_section(config, model, (folder / "summary.txt").read_text(encoding="utf-8")),
         finder_section(config, found, history),
         training_section(config, history),
-        classes_section(predictions, loaders.classes),
-        mistakes_section(predictions, layers, loaders.classes),
+        classes_section(predictions, classes),
+        mistakes_section(predictions, layers, classes),
         repeat_section(config, environment),
     ]
     path = folder / "report.md"
     write_whole(path, "\n\n".join(parts) + "\n")
     return path
-
-
-def read_finder(folder: Path) -> LRFinderResult | None:
-    """The range test of a run, or None if there was none."""
-    path = folder / "lr_finder.json"
-    return LRFinderResult(**json.loads(path.read_text(encoding="utf-8"))) if path.is_file() else None
 
 
 def draw_training(folder: Path, config: dict, history: History, found, loaders) -> None:
@@ -70,7 +66,7 @@ def draw_training(folder: Path, config: dict, history: History, found, loaders) 
     figures = {
         "samples": plot_samples(pixels, labels[:20].tolist(), loaders.classes),
         "curves": plot_history({config["model"]: history}),
-        "lr_history": plot_lr_history(history.lrs, len(history.lrs) // len(history.epochs)),
+        "lr_history": plot_lr_history(history.lrs, history.steps_per_epoch),
     }
     if found:
         figures["lr_finder"] = plot_lr_finder(found, config["lr_rule"])
@@ -109,6 +105,11 @@ def table(heads: list[str], rows: list[list]) -> str:
     """A Markdown table; every column but the first is aligned right."""
     lines = [heads, ["---", *["---:"] * (len(heads) - 1)], *rows]
     return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in lines)
+
+
+def escape(name: str) -> str:
+    """A name of somebody's as Markdown shows it, whatever is in it."""
+    return re.sub(r"([\\`*_<>|\[\]$&~])", r"\\\1", name)
 
 
 def paragraphs(*parts: str) -> str:
@@ -269,10 +270,10 @@ def training_section(config: dict, history: History) -> str:
 
 def method(config: dict, history: History) -> str:
     """How long the network was trained, on what, by what."""
-    steps = len(history.lrs) // len(history.epochs)
     options = {"weight decay": config["weight_decay"], "label smoothing": config["label_smoothing"]}
     return (
-        f"{len(history.epochs)} epochs of {steps:,} steps, {config['batch_size']} images each, by "
+        f"{len(history.epochs)} epochs of {history.steps_per_epoch:,} steps, "
+        f"{config['batch_size']} images each, by "
         + ", ".join([config["optimizer"], *(f"{name} {x:g}" for name, x in options.items() if x)])
         + ", on the cross-entropy."
     )

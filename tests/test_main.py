@@ -4,6 +4,7 @@ import json
 import math
 import re
 import shutil
+from hashlib import sha256
 from pathlib import Path
 
 import numpy as np
@@ -321,6 +322,20 @@ def test_the_weights_in_the_repository_are_as_good_as_their_card_says(capsys):
     _, loader = main.test_images(config, facts, CPU)
     stats = main.test(model, CPU, loader, precision="fp32", tta=config.tta)
     assert 100 * stats.accuracy == pytest.approx(float(said), abs=0.21)  # two images, for other kernels
+    file = Path(main.__file__).parent / "weights/custom_resnet.safetensors"
+    assert f"{file.stat().st_size:,} bytes" in card
+    assert f"| SHA-256 | {sha256(file.read_bytes()).hexdigest()} |" in card
+
+
+def test_photographs_are_classified_by_the_weights_in_the_repository(tmp_path, capsys):
+    split, expected = data.load_split("cifar10-sample", "test"), ("cat", "ship", "horse")
+    for name in expected:
+        image = Image.fromarray(split.images[split.labels == split.classes.index(name)][1])
+        image.resize((640, 480), Image.Resampling.BICUBIC).save(tmp_path / f"{name}.jpg")
+    assert main.main(["predict", *(str(tmp_path / f"{name}.jpg") for name in expected)]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [Path(line.split(": ")[0]).stem for line in lines] == list(expected)
+    assert tuple(line.split(": ")[1].split()[0] for line in lines) == expected
 
 
 def test_testing_and_predicting_change_nothing_and_agree(loaders):
@@ -751,6 +766,22 @@ def test_a_run_is_not_reported_on_other_images(mine, trained_on_mine, tmp_path, 
         main.main(["report", str(trained_on_mine), "--data", str(other)])
     assert "holds other images than the run was trained on" in capsys.readouterr().err
     assert (trained_on_mine / "report.md").read_bytes() == before
+
+
+def test_a_run_is_not_tested_on_what_a_changed_folder_lends_it_of_its_training(
+    mine, trained_on_mine, tmp_path, capsys
+):
+    added = mine / "ant/copy.jpg"
+    shutil.copy(mine / "ant/0.jpg", added)
+    try:
+        with pytest.raises(SystemExit):
+            main.main(["test", str(trained_on_mine)])
+        message = f"the test images in {mine} are not those of the run"
+        assert message in capsys.readouterr().err
+        assert main.main(["test", str(trained_on_mine), "--data", str(mine)]) == 0  # on one's own head
+    finally:
+        added.unlink()
+    assert main.main(["test", str(trained_on_mine)]) == 0
 
 
 def test_a_run_with_worker_processes_reports_too(tmp_path):

@@ -9,7 +9,15 @@ import main
 from checkpoint import load_weights
 from config import Config, parse_config
 from data import make_loaders
-from report import confusions, how_judged, warnings_of, write_report
+from report import (
+    classes_section,
+    confusions,
+    escape,
+    how_judged,
+    mistakes_section,
+    warnings_of,
+    write_report,
+)
 from utils import Epoch, History, Predictions
 
 
@@ -74,6 +82,14 @@ def test_a_run_without_mistakes_has_a_report(finished, tmp_path):
     perfect = Predictions(np.eye(10, dtype=np.float32)[labels], labels)
     text = write_report(tmp_path, model, loaders, perfect).read_text()
     assert "**100.00%**" in text and "\n0 of 1,000 test images are misclassified" in text
+
+
+def test_names_of_classes_are_shown_as_they_are_and_are_no_markup():
+    predictions = Predictions(np.eye(2, dtype=np.float32)[[1, 1, 0]], np.array([0, 1, 0]))
+    names = [escape(name) for name in ("a|b <b>", "_x_ $1 *2*")]
+    text = classes_section(predictions, names) + mistakes_section(predictions, [], names)
+    assert r"| a\|b \<b\> |" in text and r"\_x\_ \$1 \*2\*" in text
+    assert not re.search(r"(?<!\\)[<$*_]", text.replace("**", "").partition("![")[0])
 
 
 def test_the_report_tells_how_to_run_it_again_and_where_it_ran(finished):
