@@ -17,7 +17,7 @@ app: .venv/app
 # In a real browser: CHROMIUM=/path names one; else the system's, else one that Playwright fetches.
 test-app: .venv/dev .venv/app
 	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt playwright
-	$(BIN)/python -m pytest tests/test_app.py tests/browser
+	$(BIN)/python -m pytest tests/test_app.py tests/test_served.py tests/browser
 
 battery: .venv/dev
 	$(BIN)/python -m tests.battery

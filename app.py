@@ -9,6 +9,7 @@ import functools
 import html
 import io
 import os
+import signal
 import sys
 import tempfile
 from dataclasses import replace
@@ -16,6 +17,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # else every page reports that it was started
+os.environ.pop("GRADIO_ALLOWED_PATHS", None)  # folders of this machine that it would serve
 
 import gradio as gr
 import numpy as np
@@ -32,10 +34,9 @@ from torch import nn
 from checkpoint import load_weights
 from config import make_parser
 from data import CLASSES, Split, read_image
-from main import DEFAULT_WEIGHTS, predict, predict_images, run_config, test_images
-from report import read_finder
+from main import DEFAULT_WEIGHTS, predict, predict_images, read_files, run_config, test_images
 from transforms import normalize
-from utils import History, Predictions, get_device
+from utils import Predictions, get_device, read_finder
 from visualize import (
     cam_layers,
     gradcam,
@@ -81,9 +82,10 @@ def open_shown(given) -> Shown:
     model, card = load_weights(given.weights)
     device, config = get_device(given.device), run_config(card, given)
     folder = Path(given.weights) if (Path(given.weights) / "history.json").is_file() else None
-    if folder is None and given.data is None and card["classes"] == list(CLASSES):
-        config = replace(config, dataset="cifar10-sample", image_size=32)
-    split, loader = test_images(config, card, device)
+    own = given.data is None
+    if folder is None and own and card["classes"] == list(CLASSES):
+        config, own = replace(config, dataset="cifar10-sample", image_size=32), False
+    split, loader = test_images(config, card, device, own)
     print(f"judging {len(split):,} test images of {config.dataset}")
     predictions = predict(model, device, loader, precision=config.precision, tta=config.tta)
     return Shown(model, card, device, split, predictions, folder)
@@ -200,9 +202,9 @@ def plots(shown: Shown) -> str:
     """The curves of a run and the confusion matrix, on no background, for light and dark."""
     found = {}
     if shown.folder:
-        history, test = History.load(shown.folder), read_finder(shown.folder)
+        (history,), test = read_files(shown.folder, "history.json"), read_finder(shown.folder)
         found["Loss and accuracy"] = plot_history({shown.card["model"]: history})
-        found["Learning rate"] = plot_lr_history(history.lrs, len(history.lrs) // len(history.epochs))
+        found["Learning rate"] = plot_lr_history(history.lrs, history.steps_per_epoch)
         if test and shown.card["config"]["lr"] is None:
             found["Range test"] = plot_lr_finder(test, shown.card["config"]["lr_rule"])
     parts = [] if found else [note("These weights came without their run: there are no curves.")]
@@ -210,7 +212,9 @@ def plots(shown: Shown) -> str:
     for name, plot in found.items():
         buffer = io.BytesIO()
         plot.savefig(buffer, format="webp", dpi=150, transparent=True)
-        parts.append(f'<div class="plot">{tag(buffer, name)}</div>')
+        inches = plot.get_figwidth()
+        least = 88 * inches if inches > 10 else 0  # px: a wide one is scrolled, not shrunk
+        parts.append(f'<div class="plot" style="--least: {least:.0f}px">{tag(buffer, name)}</div>')
     return "".join(parts)
 
 
@@ -222,7 +226,12 @@ def headline(shown: Shown) -> str:
 
 
 def make_page(shown: Shown) -> gr.Blocks:
-    """The page: one tab for pictures, one for the network's mistakes, one for its run."""
+    """The page: one tab for pictures, one for the network's mistakes, one for its run.
+
+    Raises:
+        ValueError: a file of the run is damaged.
+    """
+    drawn = plots(shown)
     with gr.Blocks(title="What it sees", analytics_enabled=False, delete_cache=(600, 3600)) as page:
         gr.HTML(headline(shown), elem_classes="headline")
         with gr.Tab("A picture"):
@@ -230,7 +239,7 @@ def make_page(shown: Shown) -> gr.Blocks:
         with gr.Tab("Mistakes"):
             add_mistakes(shown, page)
         with gr.Tab("The run"):
-            gr.HTML(plots(shown))
+            gr.HTML(drawn)
     return page
 
 
@@ -371,6 +380,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.set_defaults(precision=None)
     given = parser.parse_args(argv)
     try:
+        signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends like Ctrl-C, uploads removed
         check_pillow()
         with tempfile.TemporaryDirectory(prefix="page-") as private:
             os.environ["GRADIO_TEMP_DIR"] = private  # else all users of a machine share /tmp/gradio
@@ -378,6 +388,8 @@ def main(argv: list[str] | None = None) -> int:
     except (ValueError, OSError) as error:
         print(f"app.py: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:  # before the page was open
+        return 130
     return 0
 
 

@@ -1,6 +1,11 @@
 """What the tests share: no network, a small real dataset, a small network."""
 
+import os
 import socket
+import subprocess
+import sys
+from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import pytest
@@ -8,7 +13,10 @@ import torch
 
 import data
 import files
+import main
 import models
+
+ROOT = Path(__file__).parent.parent
 
 torch.set_num_threads(1)  # quicker for networks this small, and steady on a busy machine
 
@@ -46,3 +54,39 @@ def tiny():
     """A CustomResNet of width 4, the same every time."""
     torch.manual_seed(0)
     return models.make_model("custom_resnet", width=4)
+
+
+class Served(NamedTuple):
+    address: str
+    said: str  # until it was ready
+
+
+@pytest.fixture(scope="session")
+def served(tmp_path_factory):
+    """The page of a short run on the sample, in an environment that asks for the opposite of private."""
+    folder = tmp_path_factory.mktemp("page")
+    flags = "--recipe demo --width 8 --epochs 1 --precision fp32 --output"
+    assert main.main([*flags.split(), str(folder / "run")]) == 0
+    hostile = {
+        "GRADIO_SHARE": "True",
+        "GRADIO_SERVER_NAME": "0.0.0.0",
+        "GRADIO_ANALYTICS_ENABLED": "True",
+        "GRADIO_ALLOWED_PATHS": "/",
+    }
+    command = [sys.executable, "app.py", str(folder / "run"), "--device", "cpu"]
+    environment = os.environ | hostile | {"TMPDIR": str(folder)}
+    with (folder / "log").open("w") as log:
+        page = subprocess.Popen(
+            command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=log, text=True
+        )
+        lines = []
+        for line in page.stdout:
+            lines.append(line)
+            if line.startswith("the page is at "):
+                break
+        assert lines and "http" in lines[-1], (folder / "log").read_text()
+        yield Served(lines[-1].split()[4].rstrip(";"), "".join(lines))
+        page.terminate()
+        assert page.wait(30) == 0
+        page.stdout.close()
+    assert not list(folder.glob("page-*")), "uploads were left behind"

@@ -1,6 +1,7 @@
 import argparse
 import html
 import re
+import shutil
 import struct
 import subprocess
 import sys
@@ -186,6 +187,12 @@ def test_the_page_of_a_run_has_its_curves_and_that_of_weights_alone_says_why_not
     assert app.plots(alone).count("<img") == 1 and "no curves" in app.plots(alone)
 
 
+def test_the_page_opens_on_the_weights_and_the_sample_of_the_repository():
+    opened = app.open_shown(given("custom_resnet"))
+    assert opened.folder is None and len(opened.split) == 1000
+    assert opened.predictions.accuracy > 0.9
+
+
 def test_a_run_on_one_s_own_images_is_shown_like_any_other(tmp_path, sample):
     for k in range(40):
         (tmp_path / "images" / f"kind <{k % 2}>").mkdir(parents=True, exist_ok=True)
@@ -216,3 +223,12 @@ def test_what_cannot_be_shown_ends_in_one_line_and_exit_code_2(tmp_path, monkeyp
     assert len(lines) == 3 and all(line.startswith("app.py: ") for line in lines)
     assert "there is no weights file" in lines[0]
     assert "the weights know" in lines[1] and "pip install --no-deps 'pillow>=13'" in lines[2]
+
+
+@pytest.mark.parametrize("name", ["lr_finder.json", "history.json"])
+def test_a_damaged_run_is_refused_by_the_name_of_its_file(folder, tmp_path, monkeypatch, capsys, name):
+    monkeypatch.setattr(app, "serve", lambda *_: pytest.fail("the page was opened"))
+    run = shutil.copytree(folder, tmp_path / "run")
+    (run / name).write_text("{}")
+    assert app.main([str(run)]) == 2
+    assert f"{name} is not what a run writes" in capsys.readouterr().err

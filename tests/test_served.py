@@ -1,14 +1,18 @@
+"""The page as people meet it: `python app.py` in a process of its own."""
+
 import socket
 from pathlib import Path
 
-import httpx
 import pytest
 from PIL import Image
+
+pytest.importorskip("gradio", reason="the page is an extra: requirements-app.txt")
+import httpx
 
 import app
 from tests.test_app import HOSTILE
 
-ROOT = Path(__file__).parent.parent.parent
+ROOT = Path(__file__).parent.parent
 
 
 @pytest.fixture(scope="module")
