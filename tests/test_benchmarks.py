@@ -212,7 +212,7 @@ def test_a_real_command_is_measured_and_one_over_its_time_is_stopped(tmp_path, m
     assert not time_to_accuracy.run_seed("demo", 0, gpu.TINY, tmp_path, time.monotonic())
     assert time_to_accuracy.run_seed("demo", 0, gpu.TINY, tmp_path)
     record = json.loads(next(tmp_path.glob("*.json")).read_text())
-    assert record["runs"][0]["images"] == 32 and record["parameters"] == 26350
+    assert record["runs"][0]["images"] == 32 and record["parameters"] == 103954
     assert len(record["runs"][0]["pieces"]) == 2
 
 

@@ -188,7 +188,7 @@ def test_dollars_in_names_are_drawn_and_not_read_as_mathematics(sample, tiny):
     ],
 )
 def test_the_layers_allowed_at_32_pixels_leave_out_the_last_stage(name, sides):
-    assert visualize.cam_layers(models.make_model(name, width=4)) == sides
+    assert visualize.cam_layers(models.make_model(name, width=8)) == sides
 
 
 def test_a_map_under_5_by_5_is_refused_with_the_layers_that_are_allowed(tiny):
