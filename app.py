@@ -212,9 +212,10 @@ def plots(shown: Shown) -> str:
     for name, plot in found.items():
         buffer = io.BytesIO()
         plot.savefig(buffer, format="webp", dpi=150, transparent=True)
-        inches = plot.get_figwidth()
-        least = 88 * inches if inches > 10 else 0  # px: a wide one is scrolled, not shrunk
-        parts.append(f'<div class="plot" style="--least: {least:.0f}px">{tag(buffer, name)}</div>')
+        most = 88 * plot.get_figwidth()  # px, so that letters are of one size
+        least = most if most > 880 else 0  # a wide one is scrolled, not shrunk
+        style = f"--most: {most:.0f}px; --least: {least:.0f}px"
+        parts.append(f'<div class="plot" style="{style}">{tag(buffer, name)}</div>')
     return "".join(parts)
 
 

@@ -202,7 +202,7 @@ def plot_confusion_matrix(predictions: Predictions, classes: Sequence[str]) -> F
     shares = counts / np.maximum(counts.sum(1, keepdims=True), 1)
     side = min(max(5.0, (0.62 if len(classes) <= 20 else 0.17) * len(classes) + 1.4), WIDEST)
     letters = {"fontsize": min(10, 60 * side / len(classes))}
-    names = [literal(name) for name in classes]
+    names = [wrap(name, 1.4) if len(classes) <= 20 else literal(name) for name in classes]
     with matplotlib.rc_context(STYLE | {"axes.grid": False}):
         figure = Figure(figsize=(side + 0.8, side), layout="constrained")
         axis = figure.subplots()
