@@ -186,8 +186,8 @@ def load_split(
 def statistics(images: np.ndarray) -> tuple[tuple[float, ...], tuple[float, ...]]:
     """Mean and standard deviation of each channel over all pixels, in [0, 1].
 
-    Exact: it counts how often each of the 256 values occurs. A channel that is the same everywhere has
-    a deviation of 1/255, one step, as normalising divides by it.
+    Exact: it counts how often each of the 256 values occurs. The deviation is at least 1/255, one step,
+    as normalising divides by it, and a channel may be the same everywhere.
 
     Args:
         images: uint8 (N, H, W, C).
@@ -199,7 +199,7 @@ def statistics(images: np.ndarray) -> tuple[tuple[float, ...], tuple[float, ...]
         np.average((values - mean) ** 2, weights=count)
         for mean, count in zip(means, counts, strict=True)
     ]
-    return tuple(map(float, means)), tuple(float(v**0.5) or 1 / 255 for v in variances)
+    return tuple(map(float, means)), tuple(max(float(v**0.5), 1 / 255) for v in variances)
 
 
 def load_cifar10(split: str, root: Path) -> Split:
