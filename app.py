@@ -10,14 +10,19 @@ import html
 import io
 import os
 import signal
+import socket
 import sys
 import tempfile
 from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
+# Gradio's settings in the environment serve any file, run code, open a second server without our guard.
+for name in [
+    name for name in os.environ if name.startswith("GRADIO_") or name in ("SYSTEM", "SPACE_ID")
+]:
+    del os.environ[name]
 os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # else every page reports that it was started
-os.environ.pop("GRADIO_ALLOWED_PATHS", None)  # folders of this machine that it would serve
 
 import gradio as gr
 import numpy as np
@@ -52,6 +57,8 @@ FEW, MOST_IMAGES = 6, 200  # mistakes on one page, and as many images beside the
 CHUNK = 32  # images whose feature maps Grad-CAM holds at once
 SIDE = 384  # of a picture under its map, pixels
 ANY = -1  # no class chosen
+# What a visitor of the page posts to; gradio's other ways go past the queue, or keep files elsewhere.
+POSTS = {f"/gradio_api/{name}" for name in ("queue/join", "upload", "cancel", "reset", "reset/")}
 # What a browser may fetch for the page: nothing from elsewhere. And nobody may frame it.
 POLICY = "default-src 'self' 'unsafe-inline' 'unsafe-eval' data: blob:; frame-ancestors 'none'"
 THEME = gr.themes.Base(
@@ -299,7 +306,8 @@ def uploaded(upload) -> str | None:
     """
     if upload is None:
         return None
-    if not Path(upload.path or "").resolve().is_relative_to(Path(get_upload_folder()).resolve()):
+    path = Path(upload.path or "").resolve()
+    if not (path.is_file() and path.is_relative_to(Path(get_upload_folder()).resolve())):
         raise gr.Error("this is no uploaded file", print_exception=False)
     return upload.path
 
@@ -332,6 +340,8 @@ def guard(app):
             await PlainTextResponse("The request is too long.", 413)(scope, receive, send)
         elif scope.get("method") == "POST" and headers.get("sec-fetch-site", "").endswith("-site"):
             await PlainTextResponse("The request is another site's.", 403)(scope, receive, send)
+        elif scope.get("method") == "POST" and scope["path"] not in POSTS:
+            await PlainTextResponse("There is no such thing.", 404)(scope, receive, send)
         else:
             await app(scope, receive, send_with_policy)
 
@@ -383,6 +393,11 @@ def main(argv: list[str] | None = None) -> int:
     try:
         signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends like Ctrl-C, uploads removed
         check_pillow()
+        check_address(given.host, given.port)
+        if not given.share:  # gradio asks its own page whether it is there, by a proxy if there is one
+            for name in ("http_proxy", "https_proxy", "all_proxy"):
+                os.environ.pop(name, None)
+                os.environ.pop(name.upper(), None)
         with tempfile.TemporaryDirectory(prefix="page-") as private:
             os.environ["GRADIO_TEMP_DIR"] = private  # else all users of a machine share /tmp/gradio
             serve(make_page(open_shown(given)), given.host, given.port, given.share)
@@ -392,6 +407,16 @@ def main(argv: list[str] | None = None) -> int:
     except KeyboardInterrupt:  # before the page was open
         return 130
     return 0
+
+
+def check_address(host: str, port: int | None) -> None:
+    """Refuse an address that nothing can be served at, which gradio would try for minutes."""
+    if port is not None and not 1 <= port <= 65535:
+        raise ValueError(f"port must be 1 to 65535, not {port}")
+    try:
+        socket.create_server((host or "?", port or 0)).close()
+    except OSError as error:
+        raise ValueError(f"{host}, port {port or 'any'}: {error.strerror}") from None
 
 
 def check_pillow() -> None:

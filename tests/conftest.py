@@ -72,6 +72,13 @@ def served(tmp_path_factory):
         "GRADIO_SERVER_NAME": "0.0.0.0",
         "GRADIO_ANALYTICS_ENABLED": "True",
         "GRADIO_ALLOWED_PATHS": "/",
+        "GRADIO_VIBE_MODE": "1",
+        "GRADIO_WATCH_DEMO_PATH": __file__,
+        "GRADIO_NUM_WORKERS": "1",
+        "GRADIO_PROFILING": "1",
+        "GRADIO_DEBUG": "1",
+        "http_proxy": "http://127.0.0.1:9",
+        "ALL_PROXY": "junk",
     }
     command = [sys.executable, "app.py", str(folder / "run"), "--device", "cpu"]
     environment = os.environ | hostile | {"TMPDIR": str(folder)}

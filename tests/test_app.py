@@ -2,6 +2,7 @@ import argparse
 import html
 import re
 import shutil
+import socket
 import struct
 import subprocess
 import sys
@@ -225,10 +226,33 @@ def test_what_cannot_be_shown_ends_in_one_line_and_exit_code_2(tmp_path, monkeyp
     assert "the weights know" in lines[1] and "pip install --no-deps 'pillow>=13'" in lines[2]
 
 
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ("--port 99999", "port must be 1 to 65535, not 99999"),
+        ("--port 0", "port must be 1 to 65535, not 0"),
+        ("--host ", ", port any: "),
+        ("--host no.such.host.invalid", "no.such.host.invalid, port any: "),
+        ("--port {}", "Address already in use"),
+    ],
+)
+def test_an_address_that_nothing_can_be_served_at_is_one_line(monkeypatch, capsys, flags, message):
+    monkeypatch.setattr(app, "serve", lambda *_: pytest.fail("the page was opened"))
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        assert app.main(flags.format(taken.getsockname()[1]).split(" ")) == 2
+    printed = capsys.readouterr().err
+    assert message in printed and printed.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    "content", ["{}", '{"lrs": 1, "losses": [1], "suggestions": {}}', "[" * 100_000]
+)
 @pytest.mark.parametrize("name", ["lr_finder.json", "history.json"])
-def test_a_damaged_run_is_refused_by_the_name_of_its_file(folder, tmp_path, monkeypatch, capsys, name):
+def test_a_damaged_run_is_refused_by_the_name_of_its_file(
+    folder, tmp_path, monkeypatch, capsys, name, content
+):
     monkeypatch.setattr(app, "serve", lambda *_: pytest.fail("the page was opened"))
     run = shutil.copytree(folder, tmp_path / "run")
-    (run / name).write_text("{}")
+    (run / name).write_text(content)
     assert app.main([str(run)]) == 2
     assert f"{name} is not what a run writes" in capsys.readouterr().err

@@ -106,6 +106,17 @@ def test_other_sites_cannot_make_a_visitor_s_browser_post_to_the_page(client):
         assert client.post("gradio_api/upload", files=files, headers=headers).status_code == 403
 
 
+def test_only_what_the_page_itself_posts_is_taken(client, picture):
+    for path in ("run/x", "api/x", "call/x", "vibe-code", "process_recording", "component_server"):
+        job = {"data": [None, 3, "layer1", -1, 0.5], "fn_index": 0, "session_hash": "visitor"}
+        assert client.post(f"gradio_api/{path}", json=job).status_code == 404, path
+    for path in ("vibe-code", "profiling/summary"):
+        assert client.get(f"gradio_api/{path}").status_code in (403, 404, 405), path
+    folder = upload(client, Path(picture).read_bytes())
+    folder["path"] = str(Path(folder["path"]).parent)
+    assert "data:image" not in ask(client, 5, [folder, 3, "layer1", -1, 0.5])
+
+
 def test_no_programming_interface_is_offered(client):
     info = client.get("gradio_api/info").json()
     assert info == {"named_endpoints": {}, "unnamed_endpoints": {}}
