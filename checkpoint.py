@@ -4,6 +4,7 @@ import contextlib
 import hashlib
 import io
 import json
+import math
 import time
 from dataclasses import asdict
 from pathlib import Path
@@ -16,7 +17,7 @@ from torch import nn
 from config import Config, nearest
 from files import lock_folder, reason, unlock_folder, unlocked_on_error, write_whole
 from models import MODELS, make_model
-from utils import Epoch, History, Tally, environment
+from utils import Epoch, History, Tally, check_numbers, environment
 
 SHIPPED = Path(__file__).parent / "weights"
 KEPT = 2  # checkpoints; one alone could be the one that is being replaced
@@ -353,6 +354,10 @@ def load_weights(path: str | Path) -> tuple[nn.Module, dict]:
     path = Path(path)
     if str(path) in MODELS and not path.exists():
         path = SHIPPED / f"{path}.safetensors"
+    if path.is_dir() and not (path / "weights.safetensors").exists():
+        raise ValueError(
+            f"{path} has no weights.safetensors: it is no run, or one without a whole epoch"
+        )
     path = path / "weights.safetensors" if path.is_dir() else path
     if not path.is_file():
         raise ValueError(f"there is no weights file {path}{nearest(path, MODELS)}")
@@ -363,6 +368,7 @@ def load_weights(path: str | Path) -> tuple[nn.Module, dict]:
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118, no mapping
         if missing or card.pop("sha256") != digest(tensors):
             raise ValueError(f"the card lacks {sorted(missing)}" if missing else "it is damaged")
+        check_card(card)
         with torch.device("meta"):
             model = make_model(card["model"], len(card["classes"]), **card["options"])
         model.load_state_dict(tensors, strict=True, assign=True)
@@ -370,3 +376,22 @@ def load_weights(path: str | Path) -> tuple[nn.Module, dict]:
         reason = (str(error) or type(error).__name__).splitlines()[-1].strip()
         raise ValueError(f"{path} is no weights file of this package ({reason})") from None
     return model.float(), card
+
+
+def check_card(card: dict) -> None:
+    """Refuse a card that somebody else wrote and nothing could be judged by.
+
+    Raises:
+        ValueError: one of its entries is not what `save_weights` asks for.
+    """
+    size, classes = card["image_size"], card["classes"]
+    if type(size) is not int or not 8 <= size <= 1024:
+        raise ValueError(f"image_size {size}")
+    if not isinstance(classes, list) or not all(isinstance(name, str) for name in classes):
+        raise ValueError("classes are no list of names")
+    for name in ("mean", "std"):
+        check_numbers(name, card[name])
+        if len(card[name]) != 3 or not all(map(math.isfinite, card[name])):
+            raise ValueError(f"{name} {card[name]}")
+    if min(card["std"]) <= 0 or not isinstance(card.get("config", {}), dict):
+        raise ValueError("std is not positive, or config no mapping")

@@ -110,6 +110,12 @@ class Config:
     def __post_init__(self):
         if self.flip is None:
             object.__setattr__(self, "flip", self.dataset != "svhn")
+        for name, kind in typing.get_type_hints(Config).items():
+            kinds = typing.get_args(kind) or (kind,)
+            value = getattr(self, name)
+            if type(value) not in kinds and not (float in kinds and type(value) is int):
+                wanted = " or ".join(one.__name__ for one in kinds).replace("NoneType", "none")
+                raise ValueError(f"{name} must be {wanted}, not {value!r}")
         for name, choices in CHOICES.items():
             choose(name, getattr(self, name), choices)
         for name, low, high in _RANGES:

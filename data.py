@@ -524,6 +524,8 @@ def read_image(path: str | Path, size: int) -> np.ndarray:
         ValueError: no file, no image, or more than `MOST_PIXELS` pixels.
     """
     try:
+        if Path(path).exists() and not Path(path).is_file():  # a pipe would be waited for
+            raise ValueError("no file")
         with quiet_open(path) as image:
             if image.width * image.height > MOST_PIXELS:
                 raise ValueError(f"{image.width} x {image.height} pixels, over {MOST_PIXELS:,}")
@@ -534,7 +536,7 @@ def read_image(path: str | Path, size: int) -> np.ndarray:
                 upright = Image.fromarray((np.asarray(upright) >> 8).astype(np.uint8))
             upright = upright.convert("RGB")
             return np.asarray(ImageOps.fit(upright, (size, size), Image.Resampling.BICUBIC))
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+    except (OSError, ValueError, SyntaxError, MemoryError, Image.DecompressionBombError) as error:
         reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
         raise ValueError(f"{path} is no readable image ({reason})") from None
 

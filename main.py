@@ -942,13 +942,13 @@ def train_command(argv: list[str]) -> None:
 
 def find_lr_command(argv: list[str]) -> None:
     """main.py find-lr [flags]: the range test of a run, its figure and its suggestions."""
-    from visualize import plot_lr_finder
+    from visualize import plot_lr_finder, save_figure
 
     config = parse_config(argv, "main.py find-lr")
     with bad_input_refused():
         device, loaders, model, optimizer, folder = prepare(config)
     found = range_test(config, device, loaders, model, optimizer, folder)
-    plot_lr_finder(found, config.lr_rule).savefig(folder / "lr_finder.png")
+    save_figure(plot_lr_finder(found, config.lr_rule), folder / "lr_finder.png")
     print(f"figure {folder / 'lr_finder.png'}")
 
 
@@ -967,7 +967,8 @@ def test_command(argv: list[str]) -> None:
         split, loader = test_images(config, card, device, own=given.data is None)
     stats = test(model, device, loader, precision=config.precision, tta=config.tta)
     images = f"{len(split):,} images" + ", each with its mirror image" * config.tta
-    print(f"test loss {stats.loss:.4f}, accuracy {stats.accuracy:.2%} of {images}")
+    number = name_of(pick_precision(config.precision, device))
+    print(f"test loss {stats.loss:.4f}, accuracy {stats.accuracy:.2%} of {images}, in {number}")
 
 
 def test_images(
@@ -1041,7 +1042,7 @@ def read_files(folder: Path, *names: str) -> list:
     readers = {
         "config.json": lambda path: Config(**json.loads(path.read_text(encoding="utf-8"))),
         "environment.json": lambda path: json.loads(path.read_text(encoding="utf-8"))["machine"],
-        "history.json": lambda path: History.load(path.parent),
+        "history.json": lambda path: finished(History.load(path.parent)),
     }
     found = []
     for name in names:
@@ -1049,14 +1050,21 @@ def read_files(folder: Path, *names: str) -> list:
             found.append(readers[name](folder / name))
         except (FileNotFoundError, NotADirectoryError):
             raise ValueError(f"{folder} is no run folder: it has no {name}") from None
-        except (OSError, ValueError, KeyError, TypeError) as error:
+        except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
             raise ValueError(f"{folder / name} is not what a run writes ({error})") from None
     return found
 
 
+def finished(history: History) -> History:
+    """The history, if it has an epoch."""
+    if not history.epochs:
+        raise ValueError("no epoch is finished")
+    return history
+
+
 def compare_command(argv: list[str]) -> None:
     """main.py compare RUN RUN...: a table of runs and a figure of their curves; no model is loaded."""
-    from visualize import plot_history
+    from visualize import plot_history, save_figure
 
     parser = make_parser("main.py compare", "Compare runs: a table, and their curves in one figure.")
     parser.add_argument("runs", nargs="+", help="run folders, two or more")
@@ -1065,7 +1073,7 @@ def compare_command(argv: list[str]) -> None:
     runs = read_runs(given.runs)
     path = Path(given.output or Path(given.runs[0]).resolve().parent / "compare.png")
     with bad_input_refused():
-        plot_history({name: history for name, (_, history, _) in runs.items()}).savefig(path)
+        save_figure(plot_history({name: history for name, (_, history, _) in runs.items()}), path)
     print_columns(comparison(runs), shutil.get_terminal_size().columns)
     print(f"figure {path}")
 
@@ -1086,8 +1094,6 @@ def read_runs(folders: list[str]) -> dict[str, tuple[Config, History, str]]:
     runs = {}
     for path, name in zip(paths, names, strict=True):
         config, history = read_files(path, "config.json", "history.json")
-        if not history.epochs:
-            raise ValueError(f"{path} has no finished epoch to compare")
         summary = path / "summary.txt"
         text = summary.read_text(encoding="utf-8") if summary.is_file() else ""
         parameters = re.search(r"Total params: ([\d,]+)", text)

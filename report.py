@@ -21,6 +21,7 @@ from visualize import (
     plot_lr_history,
     plot_misclassified,
     plot_samples,
+    save_figure,
 )
 
 
@@ -93,7 +94,7 @@ def save_figures(folder: Path, figures: dict) -> None:
     """Each figure as figures/NAME.png."""
     (folder / "figures").mkdir(exist_ok=True)
     for name, figure in figures.items():
-        figure.savefig(folder / "figures" / f"{name}.png")
+        save_figure(figure, folder / "figures" / f"{name}.png")
 
 
 def figure(name: str, caption: str) -> str:

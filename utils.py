@@ -134,9 +134,27 @@ class History:
 
     @classmethod
     def load(cls, folder: Path) -> "History":
-        """Read what `save` wrote."""
+        """Read what `save` wrote.
+
+        Raises:
+            OSError, ValueError, KeyError, TypeError: there is none, or it is something else.
+        """
         stored = json.loads((folder / "history.json").read_text(encoding="utf-8"))
-        return cls([Epoch(**row) for row in stored["epochs"]], stored["lrs"])
+        epochs = [Epoch(**row) for row in stored["epochs"]]
+        for row in epochs:
+            check_numbers("an epoch", [value for value in asdict(row).values() if value is not None])
+        check_numbers("lrs", stored["lrs"])
+        return cls(epochs, stored["lrs"])
+
+
+def check_numbers(name: str, values: list) -> None:
+    """Refuse what was read and is no list of numbers.
+
+    Raises:
+        ValueError: it is named.
+    """
+    if not isinstance(values, list) or not all(type(value) in (int, float) for value in values):
+        raise ValueError(f"{name} must be numbers")
 
 
 def get_device(name: str = "auto") -> torch.device:
@@ -151,7 +169,7 @@ def get_device(name: str = "auto") -> torch.device:
         return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
     try:
         device = torch.device(name)
-        torch.empty(1, device=device)
+        torch.empty(1, device=device).item()  # "meta" has none
     except (RuntimeError, AssertionError):
         raise ValueError(f"there is no device {name!r} here; choose cpu or auto") from None
     return device
@@ -292,10 +310,13 @@ def read_finder(folder: Path) -> LRFinderResult | None:
     """
     path = folder / "lr_finder.json"
     try:
-        return LRFinderResult(**json.loads(path.read_text(encoding="utf-8")))
+        found = LRFinderResult(**json.loads(path.read_text(encoding="utf-8")))
+        for name, values in asdict(found).items():
+            check_numbers(name, list(values.values()) if isinstance(values, dict) else values)
+        return found
     except FileNotFoundError:
         return None
-    except (ValueError, TypeError) as error:
+    except (ValueError, TypeError, RecursionError) as error:
         raise ValueError(f"{path} is not what a run writes ({error})") from None
 
 

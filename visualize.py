@@ -1,13 +1,15 @@
 """Draws figures from arrays, histories and, for Grad-CAM, a model; trains nothing and loads no data.
 
 Every function returns a matplotlib `Figure` that belongs to no window: show it by naming it in a
-notebook, keep it with `savefig`.
+notebook, keep it with `save_figure`.
 """
 
 import copy
+import io
 import itertools
 import textwrap
 from collections.abc import Sequence
+from pathlib import Path
 
 import cv2
 import matplotlib
@@ -18,6 +20,7 @@ from matplotlib.ticker import PercentFormatter
 from torch import Tensor, nn
 
 from config import nearest
+from files import write_whole
 from transforms import CIFAR10_MEAN, CIFAR10_STD, normalize
 from utils import History, LRFinderResult, Predictions, finite_losses, smooth
 
@@ -37,6 +40,18 @@ STYLE = {
 }
 WIDEST = 40  # inches, of a confusion matrix
 SMALLEST_MAP = 5  # pixels: a class activation map under 5 x 5 shows where nothing is
+
+
+def save_figure(figure: Figure, path: str | Path) -> None:
+    """Write a figure in the format of the file's suffix; a previous file stays whole until then.
+
+    Raises:
+        ValueError: matplotlib has no such format.
+        OSError: it could not be written.
+    """
+    content = io.BytesIO()
+    figure.savefig(content, format=Path(path).suffix[1:] or "png")
+    write_whole(path, content.getvalue())
 
 
 def plot_samples(

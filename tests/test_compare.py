@@ -1,4 +1,5 @@
 import json
+import resource
 from dataclasses import asdict
 
 import pytest
@@ -88,8 +89,17 @@ def test_a_narrow_screen_shows_the_runs_in_lots(tmp_path, capsys, monkeypatch):
         (lambda run: run.rename(run.with_name("gone")), "is no run folder: it has no config.json"),
         (lambda run: (run / "history.json").unlink(), "is no run folder: it has no history.json"),
         (lambda run: (run / "history.json").write_text("{}"), "history.json is not what a run writes"),
+        (lambda run: (run / "history.json").write_text("[" * 100_000), "is not what a run writes"),
+        (lambda run: History([], ["0.1"]).save(run), "writes (lrs must be numbers)"),
+        (
+            lambda run: (run / "config.json").write_text('{"flip": {}}'),
+            "flip must be bool or none, not {}",
+        ),
         (lambda run: (run / "config.json").write_text("[1]"), "config.json is not what a run writes"),
-        (lambda run: History().save(run), "has no finished epoch to compare"),
+        (
+            lambda run: History().save(run),
+            "history.json is not what a run writes (no epoch is finished)",
+        ),
     ],
 )
 def test_what_is_no_run_is_refused_in_one_line(tmp_path, capsys, change, message):
@@ -107,7 +117,21 @@ def test_one_run_is_no_comparison_however_often_it_is_named(tmp_path, capsys):
     assert capsys.readouterr().err == "main.py: compare needs two runs or more, not 1\n"
 
 
-@pytest.mark.parametrize("name", ["absent/c.png", "c.nothing"])
+def test_a_full_disk_leaves_the_figure_that_was_there(tmp_path, capsys):
+    runs = [make_run(tmp_path / "a"), make_run(tmp_path / "b")]
+    (tmp_path / "compare.png").write_bytes(b"before")
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (3000, limits[1]))
+    try:
+        with pytest.raises(SystemExit):
+            main.main(["compare", *runs])
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert "File too large" in capsys.readouterr().err
+    assert (tmp_path / "compare.png").read_bytes() == b"before"
+
+
+@pytest.mark.parametrize("name", ["absent/c.png", "c.nothing", "a"])
 def test_a_figure_that_cannot_be_written_is_one_line(tmp_path, capsys, name):
     runs = [make_run(tmp_path / "a"), make_run(tmp_path / "b")]
     with pytest.raises(SystemExit) as stop:

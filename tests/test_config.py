@@ -1,3 +1,4 @@
+import re
 import shlex
 from dataclasses import fields
 
@@ -81,6 +82,21 @@ def test_a_recipe_is_a_diff_that_flags_override(recipe):
 )
 def test_flags_have_the_types_of_their_fields(flags, field, value):
     assert getattr(parse_config(flags), field) == value
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "message"),
+    [
+        ("batch_size", 64.5, "batch_size must be int, not 64.5"),
+        ("tta", "x", "tta must be bool, not 'x'"),
+        ("seed", True, "seed must be int, not True"),
+        ("lr", "0.1", "lr must be float or none, not '0.1'"),
+        ("data", None, "data must be str, not None"),
+    ],
+)
+def test_a_field_of_another_type_is_refused(field, value, message):
+    with pytest.raises(ValueError, match=re.escape(message)):
+        Config(**{field: value})
 
 
 @pytest.mark.parametrize(

@@ -652,6 +652,12 @@ def test_an_image_of_too_many_pixels_is_refused_undecoded(tmp_path, monkeypatch)
         data.read_image(tmp_path / "big.png", 32)
 
 
+def test_what_is_no_file_is_refused_and_not_waited_for(tmp_path):
+    os.mkfifo(tmp_path / "pipe.png")
+    with pytest.raises(ValueError, match=r"pipe.png is no readable image \(no file\)"):
+        data.read_image(tmp_path / "pipe.png", 32)
+
+
 def test_a_16_bit_image_keeps_its_shades(tmp_path):
     shades = np.linspace(0, 65535, 64 * 64).astype(np.uint16).reshape(64, 64)
     Image.fromarray(shades).save(tmp_path / "deep.png")

@@ -18,7 +18,7 @@ import data
 import main
 import models
 import utils
-from checkpoint import load_weights
+from checkpoint import load_weights, save_weights
 from config import Config
 from data import make_loader
 from transforms import normalize, train_transform
@@ -566,7 +566,9 @@ def test_saved_weights_test_as_they_are(finished, name, capsys):
     split = data.load_split("cifar10-sample", "test")
     loader = make_loader(split, evaluation_transform(), "cpu", Config(batch_size=100))
     stats = main.test(model, CPU, loader, precision="fp32")
-    assert f"test loss {stats.loss:.4f}, accuracy {stats.accuracy:.2%} of 1,000 images" in printed
+    assert (
+        f"test loss {stats.loss:.4f}, accuracy {stats.accuracy:.2%} of 1,000 images, in fp32" in printed
+    )
     assert card["classes"] == list(data.CLASSES)
 
 
@@ -665,6 +667,7 @@ BAD = [
     (["predict", "RUN"], "which images?"),
     (["predict", "RUN", "README.md"], "README.md is no readable image"),
     (["predict", "RUN", "absent.png"], "absent.png is no readable image (No such file"),
+    (["test", "tests"], "tests has no weights.safetensors: it is no run, or one without a whole epoch"),
     (["test", "README.md"], "README.md is no weights file of this package"),
     (["report", "nowhere"], "there is no weights file nowhere"),
     ([*SMOKE, "--output", "RUN"], "is there already; --resume it, or choose another"),
@@ -809,6 +812,30 @@ def test_a_refused_run_leaves_no_folder(tmp_path):
     with pytest.raises(SystemExit):
         main.main([*SMOKE, "--batch-size", "5000", "--output", str(tmp_path / "r")])
     assert not (tmp_path / "r").exists()
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"image_size": 4},
+        {"image_size": "32"},
+        {"image_size": 10**6},
+        {"mean": None},
+        {"mean": [0.5]},
+        {"std": [0.2, 0.2, 0]},
+        {"std": [0.2, 0.2, math.inf]},
+        {"classes": {"a": 0}},
+        {"config": None},
+    ],
+    ids=str,
+)
+def test_a_card_that_nothing_could_be_judged_by_is_refused(finished, tmp_path, capsys, wrong):
+    model, card = load_weights(finished)
+    save_weights(tmp_path / "w.safetensors", model, card | wrong)
+    with pytest.raises(SystemExit):
+        main.main(["test", str(tmp_path / "w.safetensors")])
+    printed = capsys.readouterr().err
+    assert "is no weights file of this package" in printed and printed.count("\n") == 1
 
 
 def test_weights_of_another_shape_are_refused(finished, tmp_path):
