@@ -113,6 +113,11 @@ def escape(name: str) -> str:
     return re.sub(r"([\\`*_<>|\[\]$&~])", r"\\\1", name)
 
 
+def counted(number: int, thing: str) -> str:
+    """So many things: 1 epoch, 2 epochs."""
+    return f"{number:,} {thing}{'' if number == 1 else 's'}"
+
+
 def paragraphs(*parts: str) -> str:
     """Markdown blocks with a blank line between them."""
     return "\n\n".join(parts)
@@ -129,7 +134,7 @@ def headline(config: dict, history: History, predictions: Predictions, classes) 
         ["training accuracy, last epoch", f"{row.train_accuracy:.2%}"],
         ["epochs", row.epoch],
         ["minutes of training and evaluation", f"{minutes:.1f}"],
-        ["images a second in training, median", f"{median_speed(history):,.0f}"],
+        ["images a second in training, median", f"{history.images_per_second:,.0f}"],
     ]
     return paragraphs(
         f"# {config['model']} on {config['dataset']}: {predictions.accuracy:.2%}",
@@ -153,7 +158,7 @@ def warnings_of(config: dict, history: History, predictions: Predictions, classe
     if epochs:
         found.append(f"no better than guessing (loss {chance:.3f}) after epoch {', '.join(epochs)}")
     if found:
-        found.append("a lower rate or fp32 may help")
+        found.append("a lower rate may help, or fp32 where it was not")
     if last.epoch < config["epochs"]:
         found.append(f"this run stopped after {last.epoch} of {config['epochs']} epochs")
     return [f"> **Warning:** {'; '.join(found)}."] if found else []
@@ -170,11 +175,6 @@ def how_judged(config: dict) -> list[str]:
     if config["tta"]:
         said.append("The logits of each image and of its mirror image are averaged, after every epoch.")
     return said
-
-
-def median_speed(history: History) -> float:
-    """Images a second of the median epoch."""
-    return float(np.median([row.images_per_second for row in history.epochs]))
 
 
 def data_section(loaders, config: dict) -> str:
@@ -273,7 +273,7 @@ def method(config: dict, history: History) -> str:
     """How long the network was trained, on what, by what."""
     options = {"weight decay": config["weight_decay"], "label smoothing": config["label_smoothing"]}
     return (
-        f"{len(history.epochs)} epochs of {history.steps_per_epoch:,} steps, "
+        f"{counted(len(history.epochs), 'epoch')} of {counted(history.steps_per_epoch, 'step')}, "
         f"{config['batch_size']} images each, by "
         + ", ".join([config["optimizer"], *(f"{name} {x:g}" for name, x in options.items() if x)])
         + ", on the cross-entropy."

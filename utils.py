@@ -12,6 +12,7 @@ import math
 import operator
 import platform
 import random
+import statistics
 import sys
 import warnings
 from dataclasses import asdict, dataclass, field, fields
@@ -131,6 +132,11 @@ class History:
     def steps_per_epoch(self) -> int:
         """Updates in each of its epochs."""
         return len(self.lrs) // len(self.epochs)
+
+    @property
+    def images_per_second(self) -> float:
+        """That of its median epoch."""
+        return statistics.median(row.images_per_second for row in self.epochs)
 
     @classmethod
     def load(cls, folder: Path) -> "History":

@@ -14,6 +14,7 @@ from report import (
     confusions,
     escape,
     how_judged,
+    method,
     mistakes_section,
     warnings_of,
     write_report,
@@ -143,6 +144,11 @@ def test_a_result_that_is_worth_little_comes_with_a_warning(losses, predicted, w
     predictions = make_predictions(predicted, [0, 1])
     found = warnings_of(asdict(Config(epochs=3)), make_history(*losses), predictions, "abc")
     assert len(found) == (warning is not None) and (not found or warning in found[0])
+
+
+@pytest.mark.parametrize(("count", "said"), [(1, "1 epoch of 1 step, "), (2, "2 epochs of 1 step, ")])
+def test_one_epoch_is_not_called_epochs(count, said):
+    assert method(asdict(Config()), make_history(*[1.0] * count)).startswith(said)
 
 
 def test_averages_of_weights_and_of_mirror_images_are_owned_up_to():
