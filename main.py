@@ -19,7 +19,6 @@ import math
 import re
 import shutil
 import signal
-import statistics
 import sys
 import threading
 import time
@@ -67,7 +66,7 @@ DROPOUT = 2
 DEFAULT_WEIGHTS = "custom_resnet"  # the weights that a command takes if none are named
 MOMENTUM = 0.9
 SGD_SHARE = 8  # of Muon's rate: 0.4 to 0.05, the best of a few for ResNet18
-CURE = "a lower --lr or --precision fp32 may help"
+CURE = "a lower --lr may help, or --precision fp32 where it is not"
 
 
 def train(
@@ -870,8 +869,8 @@ def make_scheduler(config: Config, loaders: Loaders, optimizer, found: LRFinderR
     steps = min(len(loaders.train), config.max_train_batches or len(loaders.train))
     scheduler = schedule(config, optimizer, found, config.epochs, steps)
     if scheduler is not None:
-        high = config.lr or found.suggestions[config.lr_rule]
-        print(f"one-cycle from {optimizer.param_groups[0]['lr']:.3g} to {high:.3g} and down")
+        group = optimizer.param_groups[0]
+        print(f"one-cycle from {group['lr']:.3g} to {group['max_lr']:.3g} and down")
     return scheduler
 
 
@@ -1028,8 +1027,10 @@ def report_command(argv: list[str]) -> None:
         read_files(folder, "config.json", "environment.json", "history.json")
         config = run_config(card, given)
         loaders = make_loaders(config, device)
-        if loaders.train.dataset.split.digest() != card["data_sha256"]:
-            raise ValueError(f"{config.data} holds other images than the run was trained on")
+        now = make_card(config, loaders)
+        for name, did in {"data_sha256": "trained on", "test_sha256": "judged on"}.items():
+            if card.get(name, now[name]) != now[name]:
+                raise ValueError(f"{config.data} holds other images than the run was {did}")
     report_run(config, device, loaders, model, folder)
 
 
@@ -1123,8 +1124,7 @@ def comparison(runs: dict[str, tuple[Config, History, str]]) -> list[list[str]]:
             rows.append([f"{part} loss", *(f"{s.loss:.4f}" if s else "" for s in stats)])
             rows.append([f"{part} accuracy", *(f"{s.accuracy:.2%}" if s else "" for s in stats)])
     rows.append(["seconds", *(f"{sum(row.seconds for row in h.epochs):,.0f}" for h in histories)])
-    speeds = [statistics.median(row.images_per_second for row in h.epochs) for h in histories]
-    return [*rows, ["images/s", *(f"{speed:,.0f}" for speed in speeds)]]
+    return [*rows, ["images/s", *(f"{history.images_per_second:,.0f}" for history in histories)]]
 
 
 def print_columns(rows: list[list[str]], width: int) -> None:

@@ -771,6 +771,24 @@ def test_a_run_is_not_reported_on_other_images(mine, trained_on_mine, tmp_path, 
     assert (trained_on_mine / "report.md").read_bytes() == before
 
 
+def test_a_run_is_not_reported_on_other_test_images(mine, trained_on_mine, tmp_path, capsys):
+    def digests(folder):
+        parts = ("train", "test")
+        return [data.load_split("folder", part, folder, image_size=64).digest() for part in parts]
+
+    other = shutil.copytree(mine, tmp_path / "other")
+    before = digests(mine)
+    for path in other.glob("*/*.jpg"):
+        Image.open(path).rotate(180).save(path)
+        if digests(other)[0] == before[0]:
+            break  # it is a test image
+        shutil.copy(mine / path.relative_to(other), path)
+    assert digests(other)[1] != before[1]
+    with pytest.raises(SystemExit):
+        main.main(["report", str(trained_on_mine), "--data", str(other)])
+    assert "holds other images than the run was judged on" in capsys.readouterr().err
+
+
 def test_a_run_is_not_tested_on_what_a_changed_folder_lends_it_of_its_training(
     mine, trained_on_mine, tmp_path, capsys
 ):
