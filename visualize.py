@@ -140,6 +140,9 @@ def plot_history(histories: dict[str, History]) -> Figure:
             axis.set(xlabel="epoch", title=f"{metric.capitalize()} (dashed: training)")
             axis.xaxis.get_major_locator().set_params(integer=True)
         axes[1].yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
+        losses = np.concatenate([line.get_ydata() for line in axes[0].lines])
+        if losses.max() > 20 * np.median(losses):  # one that diverged would flatten the others
+            axes[0].set_yscale("log")
         lines = [line for line in axes[1].lines if line.get_linestyle() == "-"]
         figure.legend(handles=lines, loc="outside lower center", ncols=min(2, len(lines)))
     return figure

@@ -1,5 +1,6 @@
 import copy
 import itertools
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -117,6 +118,16 @@ def test_runs_share_a_figure_with_looks_and_legends_of_their_own_and_validation_
     legend = [text.get_text() for text in figure.legends[0].texts]
     assert len(legend) == 30
     assert legend[:2] == ["run0: test 35.00%, training 60.00%", "run1: val 40.00%, training 60.00%"]
+
+
+def test_a_run_that_diverged_does_not_flatten_the_others():
+    diverged = make_history()
+    diverged.epochs[0] = replace(diverged.epochs[0], train_loss=400.0)
+    scales = [
+        visualize.plot_history({str(k): one for k, one in enumerate(histories)}).axes[0].get_yscale()
+        for histories in ([make_history()], [make_history(), diverged])
+    ]
+    assert scales == ["linear", "log"]
 
 
 def test_the_rate_figure_names_its_peak():
