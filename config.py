@@ -80,7 +80,7 @@ class Config:
     scheduler: str = setting("onecycle", "learning-rate schedule")
     lr: float | None = setting(None, "peak learning rate; none: found by the range test")
     lr_rule: str = setting("minimum", "range test's suggestion")
-    peak_epoch: float = setting(5.0, "epoch at whose end the rate peaks")
+    peak_epoch: float = setting(5.0, "epoch at whose end the rate peaks; at 0.3 of a shorter run")
     label_smoothing: float = setting(0.0, "share of each target spread over all classes")
     average: float = setting(0.0, "what a running average of weights keeps per step; 0: no average")
     padding: int = setting(
