@@ -96,7 +96,7 @@ class Config:
         group="where and how it runs",
     )
     precision: str = setting("auto", "number format of the forward pass")
-    compile: bool = setting(False, "torch.compile the network: slow at first, then faster on a GPU")
+    compile: bool = setting(False, "torch.compile the network: slow at first; meant for a GPU")
     device: str = setting("auto", "cpu, cuda, cuda:1, mps; auto: the fastest there is")
     seed: int = setting(0, "of weights, order and augmentation")
     deterministic: bool = setting(False, "on CUDA, only kernels that repeat to the bit; slower")

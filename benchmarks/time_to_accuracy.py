@@ -94,7 +94,8 @@ def run_seed(
         write_record(path, record)
     if code == 0:
         run |= outcome(log, History.load(place), run["pieces"])
-        shutil.rmtree(place / "checkpoints")  # up to half a gigabyte
+        write_record(path, record)
+        shutil.rmtree(place / "checkpoints", ignore_errors=True)  # up to half a gigabyte
     elif code not in STOPPED:
         raise RuntimeError(f"{recipe}, seed {seed}: exit code {code}: {log[-1000:]}")
     write_record(path, record)
@@ -116,11 +117,22 @@ def call_main(flags: list[str], log: Path, deadline: float | None) -> tuple[int,
         try:
             process.wait(None if deadline is None else max(0.0, deadline - time.monotonic()))
         except (subprocess.TimeoutExpired, KeyboardInterrupt) as stop:
-            process.terminate()
-            process.wait(PATIENCE)
+            code = end(process)
             if isinstance(stop, KeyboardInterrupt):
                 raise
+            return code, log.read_text()
     return process.returncode, log.read_text()
+
+
+def end(process: subprocess.Popen) -> int:
+    """The exit code of a run that is told to stop, or made to: the next one needs the device."""
+    process.terminate()
+    try:
+        return process.wait(PATIENCE)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        process.wait()
+        return STOPPED[0]  # what it wrote before is whole
 
 
 def outcome(log: str, history: History, pieces: list[float | None]) -> dict:
@@ -197,7 +209,7 @@ def render(records: list[dict]) -> str:
             ]
         )
     heads = ["model", "parameters", "epochs", "test accuracy (seeds)"]
-    return common.table([*heads, "training, s", "command, s", "machine", "command"], rows)
+    return common.table([*heads, "epochs, s", "command, s", "machine", "command"], rows)
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -1,5 +1,7 @@
 import json
+import signal
 import subprocess
+import sys
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -232,12 +234,21 @@ def test_accuracy_is_shown_with_its_deviation_and_number_of_seeds():
     assert "| 6,573,130 | 24 | 94.10 ± 0.14 % (2) | 80.00 |  | a machine | `python main.py` |" in text
 
 
+def test_a_run_that_does_not_stop_when_told_to_is_made_to(monkeypatch):
+    deaf = "from signal import *; signal(SIGTERM, SIG_IGN); print(flush=True); pause()"
+    monkeypatch.setattr(time_to_accuracy, "PATIENCE", 0.1)
+    with subprocess.Popen([sys.executable, "-c", deaf], stdout=subprocess.PIPE) as process:
+        process.stdout.readline()
+        assert time_to_accuracy.end(process) in time_to_accuracy.STOPPED
+        assert process.returncode == -signal.SIGKILL
+
+
 # The programme for a GPU
 
 
 def test_the_programme_for_a_gpu_does_everything_once_and_names_what_failed(fake_main, tmp_path, capsys):
     command = ["--smoke", "--device", "cpu", "--rounds", "1", "--seeds", "2", "--output", str(tmp_path)]
-    assert gpu.main(command) == 0
+    assert gpu.main(command) == 1
     known = [recipe for recipe in gpu.RECIPE_ORDER if recipe in gpu.RECIPES]
     assert seeds_of(fake_main[0]) == ["0"] * len(known) + ["1"] * len(known)
     names = ["compile-32", "compile-64", "speed-32", "speed-64"]
@@ -245,9 +256,10 @@ def test_the_programme_for_a_gpu_does_everything_once_and_names_what_failed(fake
     assert [path.stem for path in tmp_path.glob("gpu/*/*.failed")] == ["synchronisations"]
     fake_main[0].clear()
     capsys.readouterr()
-    assert gpu.main(command) == 0
+    assert gpu.main(command) == 1
     assert not fake_main[0]
-    assert "begun" not in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "begun" not in said and said.endswith("failed: synchronisations\n")
 
 
 def test_the_programme_for_a_gpu_stops_in_time_and_says_so(fake_main, tmp_path, monkeypatch):
@@ -288,6 +300,8 @@ def test_synchronisations_are_watched_from_the_first_update_to_the_last(monkeypa
         ("NVIDIA H200", 989e12),
         ("NVIDIA L4", 121e12),
         ("NVIDIA L40S", None),  # not an L4
+        ("NVIDIA H100 PCIe", None),
+        ("NVIDIA A100-SXM4-40GB MIG 1g.5gb", None),
     ],
 )
 def test_the_peak_is_that_of_the_gpu_by_its_name(monkeypatch, name, peak):

@@ -333,3 +333,12 @@ def test_unknown_precision_names_the_choices():
 def test_a_range_test_result_can_be_kept_as_json(tiny, loader):
     found = find_lr(tiny, CPU, loader, make_optimizer("adam", tiny), **SHORT)
     assert utils.LRFinderResult(**json.loads(json.dumps(found.__dict__))) == found
+
+
+def test_machines_with_and_without_bf16_have_two_names(monkeypatch):
+    names = set()
+    for able in (True, False):
+        found = {"cpu_name": "AMD EPYC", "avx512_bf16": able}
+        monkeypatch.setattr(torch.cpu, "get_capabilities", lambda found=found: found, raising=False)
+        names.add(utils.environment(CPU)["machine"])
+    assert names == {"AMD EPYC, 1 threads", "AMD EPYC, 1 threads, bf16"}

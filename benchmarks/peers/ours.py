@@ -20,5 +20,5 @@ def fit(job: Job) -> nn.Module:
     job.note = f"{name_of(dtype)}, channels-last"
     model = job.make_model().to(job.device)
     optimizer = make_optimizer("adam", model, LR)
-    train(model, job.device, loader, optimizer, job, max_batches=job.updates)
+    train(model, job.device, loader, optimizer, job, precision=job.precision, max_batches=job.updates)
     return model
