@@ -489,16 +489,17 @@ def make_optimizer(
         lr: with Muon that of what it moves; norms, biases and the last layer have SGD_SHARE times it.
         weight_decay: on the weights of convolutions and linear layers, not on norms and biases; with
             Muon not on the last linear layer either.
-        head_rate: rate of the last linear layer, as a share of the others'; its decay, where it is
-            decoupled, is theirs. The square of s trains as if logits were multiplied by s; Page has 1/8.
+        head_rate: rate of the last linear layer, as a share of the others'; it decays as they do. The
+            square of s trains as if logits were multiplied by s; Page has 1/8.
     """
     last = [module for module in model.modules() if isinstance(module, nn.Linear)][-1:]
     head = [p for module in last for p in module.parameters() if head_rate != 1 or name == "muon"]
     body = [p for p in model.parameters() if not any(p is other for other in head)]
+    coupled = name == "adam"  # its penalty is scaled with the gradient; elsewhere the rate multiplies it
     groups = [
         {
             "params": [p for p in part if (p.dim() > 1) is matrix],
-            "weight_decay": weight_decay / share if matrix else 0.0,
+            "weight_decay": weight_decay / (1 if coupled else share) if matrix else 0.0,
             "share": share,
             "lr": lr * share,
         }

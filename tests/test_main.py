@@ -420,6 +420,12 @@ def test_orthogonal_turns_every_singular_value_into_about_one(shape, size, preci
     assert (found * (u @ v)).sum() / found.norm() / (u @ v).norm() > 0.97
 
 
+@pytest.mark.parametrize(("name", "decay"), [("adam", 0.1), ("adamw", 0.4), ("sgd", 0.4)])
+def test_a_slower_last_layer_decays_as_the_others_do(tiny, name, decay):
+    optimizer = main.make_optimizer(name, tiny, weight_decay=0.1, head_rate=0.25)
+    assert [group["weight_decay"] for group in optimizer.param_groups] == [0.1, 0, decay, 0]
+
+
 def test_muon_turns_convolutions_as_pytorchs_own_turns_matrices_and_leaves_the_rest_to_sgd(tiny):
     torch.manual_seed(0)
     optimizer = main.make_optimizer("muon", tiny, lr=0.05, weight_decay=0.1, head_rate=0.25)
