@@ -242,7 +242,7 @@ def environment(device: torch.device) -> dict[str, str]:
     else:
         name = getattr(torch.cpu, "get_capabilities", dict)().get("cpu_name", platform.machine())
         machine = f"{name}, {torch.get_num_threads()} threads"
-        if pick_precision("auto", device) == torch.bfloat16:  # three times as fast, under the same name
+        if pick_precision("auto", device) == torch.bfloat16:  # else machines of two speeds share a name
             machine += ", bf16"
     packages = ("torch", "torchvision", "albumentations", "numpy")
     versions = [f"{package} {metadata.version(package)}" for package in packages]

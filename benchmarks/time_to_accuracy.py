@@ -94,11 +94,11 @@ def run_seed(
         write_record(path, record)
     if code == 0:
         run |= outcome(log, History.load(place), run["pieces"])
-        write_record(path, record)
-        shutil.rmtree(place / "checkpoints", ignore_errors=True)  # up to half a gigabyte
     elif code not in STOPPED:
         raise RuntimeError(f"{recipe}, seed {seed}: exit code {code}: {log[-1000:]}")
     write_record(path, record)
+    if code == 0:
+        shutil.rmtree(place / "checkpoints", ignore_errors=True)  # up to half a gigabyte
     return code == 0
 
 
