@@ -36,12 +36,16 @@ from starlette.middleware.trustedhost import TrustedHostMiddleware
 from starlette.responses import PlainTextResponse
 from torch import nn
 
-from checkpoint import load_weights
+from checkpoint import DEFAULT_WEIGHTS, load_weights
 from config import make_parser
-from data import CLASSES, Split, read_image
-from main import DEFAULT_WEIGHTS, predict, predict_images, read_files, run_config, test_images
+from run import predict_images, read_files, run_config, test_images
+from sources.cifar10 import CLASSES
+from sources.folder import read_image
+from sources.split import Split
+from training.loops import predict
+from training.lr_finder import read_finder
 from transforms import normalize
-from utils import Predictions, get_device, read_finder
+from utils import Predictions, get_device
 from visualize import (
     cam_layers,
     gradcam,

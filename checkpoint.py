@@ -14,15 +14,15 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import nn
 
-from config import Config, nearest
+from config import Config
 from files import lock_folder, reason, unlock_folder, unlocked_on_error, write_whole
 from models import MODELS, make_model
-from utils import Epoch, History, Tally, check_numbers, environment
+from utils import Epoch, History, Tally, check_numbers, environment, nearest
 
+DEFAULT_WEIGHTS = "custom_resnet"  # the weights that a command takes if none are named
 SHIPPED = Path(__file__).parent / "weights"
 KEPT = 2  # checkpoints; one alone could be the one that is being replaced
 DIGEST = 32  # bytes of SHA-256 behind a checkpoint: torch.load itself checks nothing
-
 # Fields of a run that may differ between a run and its continuation: they change no number.
 FREE = ("data", "device")
 

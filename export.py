@@ -11,9 +11,9 @@ import numpy as np
 import torch
 from torch import nn
 
-from config import choose
 from files import write_whole
 from transforms import normalize
+from utils import choose
 
 FORMATS = {"onnx": ".onnx", "torch": ".pt2"}
 ONNX_PACKAGES = ("onnx", "onnxscript", "onnxruntime")

@@ -5,7 +5,7 @@ import importlib
 import sys
 from pathlib import Path
 
-dependencies = ["torch", "safetensors", "numpy", "scipy", "tqdm"]
+dependencies = ["torch", "safetensors", "numpy", "filelock", "PIL", "tqdm"]
 
 _ROOT = Path(__file__).resolve().parent
 
@@ -53,7 +53,7 @@ def _own_modules():
     Those that were imported before are set aside and put back, and ours are forgotten: neither gets
     the other's.
     """
-    ours = {path.stem for path in _ROOT.glob("*.py")} - {"hubconf"} | {"models"}
+    ours = {path.stem for path in _ROOT.glob("*.py")} - {"hubconf"} | {"models", "sources", "training"}
 
     def take_out():
         present = [name for name in sys.modules if name.split(".")[0] in ours]

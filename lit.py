@@ -9,10 +9,12 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from config import Config
-from data import Loaders, make_loaders
-from main import make_optimizer, schedule, start_epoch
+from data import Loaders, make_loaders, start_epoch
 from models import make_model
-from utils import find_lr, get_device, make_scaler, pick_precision, seed_everything
+from run import schedule
+from training.lr_finder import find_lr
+from training.optim import make_optimizer
+from utils import get_device, make_scaler, pick_precision, seed_everything
 
 
 class LitModel(LightningModule):

@@ -14,7 +14,7 @@ import torch
 from albumentations.pytorch import ToTensorV2
 from torch import Tensor
 
-# Per channel over all 50,000 x 32 x 32 training pixels, in [0, 1]; `data.statistics` recomputes them.
+# Per channel over all 50,000 x 32 x 32 training pixels, in [0, 1]; `statistics` finds them.
 # The common 0.2023, 0.1994, 0.2010 is the mean of each image's own deviation: another quantity.
 CIFAR10_MEAN = (0.49139968, 0.48215841, 0.44653091)
 CIFAR10_STD = (0.24703223, 0.24348513, 0.26158784)

@@ -19,10 +19,10 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import PercentFormatter
 from torch import Tensor, nn
 
-from config import nearest
 from files import write_whole
+from training.lr_finder import LRFinderResult, finite_losses, smooth
 from transforms import CIFAR10_MEAN, CIFAR10_STD, normalize
-from utils import History, LRFinderResult, Predictions, finite_losses, smooth
+from utils import History, Predictions, nearest
 
 # Okabe and Ito's colours, told apart with every kind of colour vision.
 COLORS = ("#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9")

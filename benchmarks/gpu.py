@@ -25,10 +25,12 @@ import torch
 from benchmarks import common, time_to_accuracy
 from benchmarks.peers.job import Clock
 from config import RECIPES, Config
-from data import load_split, make_loader
+from data import make_loader
 from files import write_whole
-from main import make_optimizer, train
 from models import make_model
+from sources import load_split
+from training.loops import train
+from training.optim import make_optimizer
 from transforms import train_transform
 from utils import get_device
 

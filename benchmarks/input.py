@@ -14,7 +14,9 @@ from torch.utils.data import DataLoader, Dataset
 
 from benchmarks import common
 from config import Config
-from data import Split, load_split, make_loader
+from data import make_loader
+from sources import load_split
+from sources.split import Split
 from transforms import train_transform
 
 BATCH = 512

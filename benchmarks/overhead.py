@@ -23,9 +23,12 @@ from benchmarks import common
 from checkpoint import save_checkpoint, save_weights
 from config import Config
 from data import Loaders, make_loaders
-from main import event_log, fit_model, forward_all, make_card, make_optimizer, score
 from models import make_model
-from utils import Epoch, History, autocast, one_cycle, pick_precision
+from run import make_card
+from training.loops import fit_model, forward_all, score
+from training.optim import make_optimizer, one_cycle
+from training.progress import event_log
+from utils import Epoch, History, autocast, pick_precision
 
 CPU = torch.device("cpu")
 EPOCH = 98  # steps: 50,000 images in batches of 512

@@ -7,7 +7,7 @@ import json
 import numpy as np
 from PIL import Image
 
-from data import SAMPLE, load_cifar10
+from sources.cifar10 import SAMPLE, load_cifar10
 
 COLUMNS = 50
 SEED = 0

@@ -11,10 +11,10 @@ import numpy as np
 import pytest
 import torch
 
-import data
 import files
 import main
 import models
+import sources
 
 ROOT = Path(__file__).parent.parent
 
@@ -45,7 +45,7 @@ def no_lock_outlives_its_test():
 @pytest.fixture(scope="session")
 def sample():
     """200 real images, 20 of each class."""
-    split = data.load_split("cifar10-sample", "test")
+    split = sources.load_split("cifar10-sample", "test")
     return split.take(np.arange(1000)[np.arange(1000) % 100 < 20])
 
 

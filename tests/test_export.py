@@ -9,7 +9,7 @@ import export
 import main
 import models
 from checkpoint import save_weights
-from data import CLASSES
+from sources.cifar10 import CLASSES
 from transforms import CIFAR10_MEAN, CIFAR10_STD, normalize
 
 FORMATS = [

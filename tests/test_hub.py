@@ -22,7 +22,8 @@ def hub(name, folder=ROOT, **options):
 def copy(tmp_path):
     """The files that a download holds, apart from the data."""
     folder = tmp_path / "cifar10-main"
-    shutil.copytree(ROOT / "models", folder / "models")
+    for name in ("models", "sources", "training"):
+        shutil.copytree(ROOT / name, folder / name)
     for path in ROOT.glob("*.py"):
         shutil.copy(path, folder)
     return folder

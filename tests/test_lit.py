@@ -3,9 +3,11 @@ import pytest
 import torch
 
 import main
+import utils
 from config import Config
 from data import make_loaders
-from utils import find_lr, one_cycle
+from training.lr_finder import find_lr
+from training.optim import one_cycle
 
 pytest.importorskip("lightning", reason="needs requirements-lightning.txt")
 
@@ -58,7 +60,7 @@ def make_trainer(config, root, **options):
 def fit_plainly(config):
     """The same run by `fit_model`."""
     loaders = make_loaders(config)
-    main.seed_everything(config.seed)
+    utils.seed_everything(config.seed)
     model = main.make_model(config.model, 10, **config.model_options)
     optimizer = main.make_optimizer(config.optimizer, model, config.lr, **config.optimizer_options)
     steps = config.max_train_batches

@@ -17,10 +17,15 @@ from torch.utils.data import DataLoader, Dataset, TensorDataset
 import data
 import main
 import models
+import sources
 import utils
 from checkpoint import load_weights, save_weights
-from config import Config
+from config import Config, parse_config
 from data import make_loader
+from run import claim_folder, prepare, test_images
+from sources import cifar10
+from sources.split import statistics
+from training import lr_finder, optim
 from transforms import normalize, train_transform
 from transforms import test_transform as evaluation_transform
 from visualize import plot_gradcam, plot_misclassified
@@ -50,7 +55,7 @@ def build(seed=0, **options):
 def fit(loaders, epochs=2, **options):
     """A short run in fp32; returns model and history."""
     model, optimizer = build(dropout=0.2)
-    scheduler = utils.one_cycle(optimizer, 0.01, epochs=epochs, steps_per_epoch=len(loaders[0]))
+    scheduler = optim.one_cycle(optimizer, 0.01, epochs=epochs, steps_per_epoch=len(loaders[0]))
     history = main.fit_model(
         model, CPU, *loaders, optimizer, scheduler, epochs, precision="fp32", **options
     )
@@ -96,7 +101,7 @@ def test_an_average_of_the_weights_is_judged_kept_and_left_in_the_model(loaders,
     model, optimizer = build()
     seen = [weights(model)]
     optimizer.register_step_post_hook(lambda *_: seen.append(weights(model)))
-    card = {"model": "custom_resnet", "options": {"width": 4}, "classes": list(data.CLASSES)}
+    card = {"model": "custom_resnet", "options": {"width": 4}, "classes": list(cifar10.CLASSES)}
     card |= {"mean": [0.5] * 3, "std": [0.2] * 3, "image_size": 32, "config": {}, "data_sha256": ""}
     options = {"epochs": 1, "precision": "fp32", "average": 0.75, "folder": tmp_path, "card": card}
     history = main.fit_model(model, CPU, *loaders, optimizer, **options)
@@ -135,11 +140,11 @@ def test_looking_changes_nothing(loaders, tmp_path):
     utils.summarize(model)
     predictions = main.predict(model, CPU, test)
     next(iter(train))
-    utils.find_lr(model, CPU, train, optimizer, start_lr=1e-4, end_lr=0.05, steps=20)
+    lr_finder.find_lr(model, CPU, train, optimizer, start_lr=1e-4, end_lr=0.05, steps=20)
     images = test.dataset.split.images
-    plot_gradcam(model, images, predictions, data.CLASSES, layer="layer2", count=2)
-    plot_misclassified(images, predictions, data.CLASSES)
-    scheduler = utils.one_cycle(optimizer, 0.01, epochs=2, steps_per_epoch=6)
+    plot_gradcam(model, images, predictions, cifar10.CLASSES, layer="layer2", count=2)
+    plot_misclassified(images, predictions, cifar10.CLASSES)
+    scheduler = optim.one_cycle(optimizer, 0.01, epochs=2, steps_per_epoch=6)
     main.fit_model(
         model,
         CPU,
@@ -165,7 +170,7 @@ def test_training_leaves_the_global_random_state_alone(loaders):
 
 def test_the_recorded_rates_are_those_that_the_steps_used(loaders):
     model, optimizer = build()
-    scheduler = utils.one_cycle(optimizer, 0.01, epochs=2, steps_per_epoch=6)
+    scheduler = optim.one_cycle(optimizer, 0.01, epochs=2, steps_per_epoch=6)
     used, step = [], optimizer.step
     optimizer.step = lambda *a, **k: used.append(optimizer.param_groups[0]["lr"]) or step(*a, **k)
     optimizer.step._wrapped_by_lr_sched = True
@@ -319,7 +324,7 @@ def test_the_weights_in_the_repository_are_as_good_as_their_card_says(capsys):
     said = re.search(r"sample in the repository \|.* ([\d.]+)% in fp32", card)[1]
     model, facts = load_weights("custom_resnet")
     config = Config(**facts["config"] | {"dataset": "cifar10-sample"})
-    _, loader = main.test_images(config, facts, CPU)
+    _, loader = test_images(config, facts, CPU)
     stats = main.test(model, CPU, loader, precision="fp32", tta=config.tta)
     assert 100 * stats.accuracy == pytest.approx(float(said), abs=0.21)  # two images, for other kernels
     file = Path(main.__file__).parent / "weights/custom_resnet.safetensors"
@@ -328,7 +333,7 @@ def test_the_weights_in_the_repository_are_as_good_as_their_card_says(capsys):
 
 
 def test_photographs_are_classified_by_the_weights_in_the_repository(tmp_path, capsys):
-    split, expected = data.load_split("cifar10-sample", "test"), ("cat", "ship", "horse")
+    split, expected = sources.load_split("cifar10-sample", "test"), ("cat", "ship", "horse")
     for name in expected:
         image = Image.fromarray(split.images[split.labels == split.classes.index(name)][1])
         image.resize((640, 480), Image.Resampling.BICUBIC).save(tmp_path / f"{name}.jpg")
@@ -411,10 +416,10 @@ def test_sgd_has_nesterov_momentum(tiny):
 @pytest.mark.parametrize("precision", utils.PRECISIONS.values(), ids=str)
 @pytest.mark.parametrize(("shape", "size"), [((8, 40), 1e-12), ((40, 8), 1e12), ((16, 16), 1.0)])
 def test_orthogonal_turns_every_singular_value_into_about_one(shape, size, precision, monkeypatch):
-    monkeypatch.setattr(main, "pick_precision", lambda *_: precision)
+    monkeypatch.setattr(optim, "pick_precision", lambda *_: precision)
     matrix = torch.randn(shape, generator=torch.Generator().manual_seed(0)) * size
     u, _, v = torch.linalg.svd(matrix, full_matrices=False)
-    found = main.orthogonal(matrix).float()
+    found = optim.orthogonal(matrix).float()
     assert found.shape == matrix.shape
     assert ((torch.linalg.svdvals(found) - 0.95).abs() < 0.35).all()
     assert (found * (u @ v)).sum() / found.norm() / (u @ v).norm() > 0.97
@@ -546,7 +551,7 @@ def test_command_line_and_library_give_the_same_history(finished):
     utils.seed_everything(config.seed)
     model = models.make_model("custom_resnet", width=4)
     optimizer = main.make_optimizer("adam", model)
-    scheduler = utils.one_cycle(optimizer, 0.01, epochs=2, steps_per_epoch=3)
+    scheduler = optim.one_cycle(optimizer, 0.01, epochs=2, steps_per_epoch=3)
     history = main.fit_model(
         model,
         CPU,
@@ -569,13 +574,13 @@ def test_saved_weights_test_as_they_are(finished, name, capsys):
     assert main.main(["test", str(finished / name)]) == 0
     printed = capsys.readouterr().out
     model, card = load_weights(finished)
-    split = data.load_split("cifar10-sample", "test")
+    split = sources.load_split("cifar10-sample", "test")
     loader = make_loader(split, evaluation_transform(), "cpu", Config(batch_size=100))
     stats = main.test(model, CPU, loader, precision="fp32")
     assert (
         f"test loss {stats.loss:.4f}, accuracy {stats.accuracy:.2%} of 1,000 images, in fp32" in printed
     )
-    assert card["classes"] == list(data.CLASSES)
+    assert card["classes"] == list(cifar10.CLASSES)
 
 
 def test_predict_names_the_most_probable_classes(finished, tmp_path, sample, capsys):
@@ -601,12 +606,12 @@ def test_find_lr_writes_its_figure_and_suggestions(tmp_path, capsys):
 
 
 def test_a_found_rate_is_the_peak_of_the_run_and_start_its_first(tmp_path, monkeypatch):
-    found = utils.LRFinderResult(
+    found = lr_finder.LRFinderResult(
         [1e-4, 1e-3],
         [2.0, 1.0],
         {"start": 5e-4, "valley": 0.002, "minimum": 0.02, "steepest": 1.0, "minimum_over_ten": 1.0},
     )
-    monkeypatch.setattr(main, "find_lr", lambda *args, **options: found)
+    monkeypatch.setattr("run.find_lr", lambda *args, **options: found)
     flags = [flag for flag in SMOKE if flag not in ("--lr", "0.01")]
     assert main.main([*flags, "--lr-rule", "minimum", "--output", str(tmp_path / "r")]) == 0
     history = utils.History.load(tmp_path / "r")
@@ -714,7 +719,7 @@ def test_weights_without_a_run_of_this_version_are_refused_in_one_line(finished,
 
 def test_two_runs_of_one_second_have_folders_of_their_own(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    folders = {main.claim_folder(Config()) for _ in range(3)}
+    folders = {claim_folder(Config()) for _ in range(3)}
     assert len(folders) == 3 and all(folder.is_dir() for folder in folders)
 
 
@@ -723,7 +728,7 @@ def mine(tmp_path_factory):
     """A folder of 240 images of three classes, of many sizes, formats and modes."""
     root = tmp_path_factory.mktemp("mine")
     kinds = itertools.cycle(["RGB jpg", "L png", "P gif", "CMYK jpeg", "RGBA webp", "RGB bmp", "1 png"])
-    split = data.load_split("cifar10-sample", "test")
+    split = sources.load_split("cifar10-sample", "test")
     for label, name in enumerate(("ant", "bumble bee", "cow")):
         (root / name).mkdir()
         for k, index in enumerate(np.flatnonzero(split.labels == label)[:80]):
@@ -749,7 +754,7 @@ def test_a_folder_of_images_of_any_kind_trains_and_reports(mine, trained_on_mine
     figures = {path.stem for path in (trained_on_mine / "figures").iterdir()}
     assert {"lr_finder", "misclassified", "gradcam_layer2", "gradcam_layer3"} <= figures  # 16, 8 px
     config = Config(dataset="folder", data=str(mine), image_size=64, val_split=0.1, batch_size=32)
-    mean, std = data.statistics(data.make_loaders(config).train.dataset.split.images)
+    mean, std = statistics(data.make_loaders(config).train.dataset.split.images)
     for values in (mean, std):
         assert ", ".join(f"{value:.8f}" for value in values) in text
 
@@ -780,7 +785,7 @@ def test_a_run_is_not_reported_on_other_images(mine, trained_on_mine, tmp_path, 
 def test_a_run_is_not_reported_on_other_test_images(mine, trained_on_mine, tmp_path, capsys):
     def digests(folder):
         parts = ("train", "test")
-        return [data.load_split("folder", part, folder, image_size=64).digest() for part in parts]
+        return [sources.load_split("folder", part, folder, image_size=64).digest() for part in parts]
 
     other = shutil.copytree(mine, tmp_path / "other")
     before = digests(mine)
@@ -819,7 +824,7 @@ def test_a_run_with_worker_processes_reports_too(tmp_path):
 def test_deterministic_kernels_are_asked_for(tmp_path, monkeypatch):
     monkeypatch.setattr(torch.backends.cudnn, "deterministic", False)
     monkeypatch.setattr(torch.backends.cudnn, "benchmark", True)
-    main.prepare(main.parse_config([*SMOKE, "--deterministic", "--output", str(tmp_path / "r")]))
+    prepare(parse_config([*SMOKE, "--deterministic", "--output", str(tmp_path / "r")]))
     assert torch.backends.cudnn.deterministic and not torch.backends.cudnn.benchmark
 
 

@@ -10,8 +10,7 @@ import pytest
 from matplotlib import pyplot as plt
 from nbclient import NotebookClient
 
-import main
-import utils
+from training import guards, lr_finder
 
 ROOT = Path(__file__).parent.parent
 SMOKE = "--dataset cifar10-sample --width 8 --epochs 1 --batch-size 128 --precision fp32"
@@ -97,7 +96,7 @@ def train_cell(folder, stop_at, monkeypatch):
 
     names["model"].linear.register_forward_hook(hook)
     if stop_at:
-        with pytest.raises(main.Stopped):
+        with pytest.raises(guards.Stopped):
             exec(cells[training], names)
     exec(cells[training], names)
     plt.close("all")
@@ -105,8 +104,8 @@ def train_cell(folder, stop_at, monkeypatch):
 
 
 def test_running_the_training_cell_again_continues_the_run(tmp_path, monkeypatch, capsys):
-    found = utils.LRFinderResult([1e-4, 1e-3], [2.0, 1.0], {"start": 5e-4, "minimum": 0.02})
-    monkeypatch.setattr(main, "find_lr", lambda *args, **options: found)
+    found = lr_finder.LRFinderResult([1e-4, 1e-3], [2.0, 1.0], {"start": 5e-4, "minimum": 0.02})
+    monkeypatch.setattr("run.find_lr", lambda *args, **options: found)
     (whole, expected), (history, weights) = (
         train_cell(tmp_path / str(stop_at), stop_at, monkeypatch) for stop_at in (None, 6)
     )

@@ -16,9 +16,11 @@ import models
 import utils
 from config import Config
 from data import make_loader
-from main import make_optimizer
+from training import lr_finder, optim
+from training.lr_finder import find_lr, suggest_lrs
+from training.optim import make_optimizer, one_cycle
 from transforms import train_transform
-from utils import Epoch, History, Predictions, find_lr, one_cycle, suggest_lrs
+from utils import Epoch, History, Predictions
 
 CPU = torch.device("cpu")
 ROOT = Path(utils.__file__).parent
@@ -56,7 +58,7 @@ def test_a_share_of_the_rate_holds_in_the_range_test_and_in_the_schedule(sample)
     assert [group["weight_decay"] for group in optimizer.param_groups] == [1e-3, 0.0, 4e-3, 0.0]
     seen = []
     copies = copy.deepcopy((model, optimizer))[1]
-    utils.scale_rates(copies)
+    optim.scale_rates(copies)
     copies.register_step_pre_hook(lambda *_: seen.append([g["lr"] for g in copies.param_groups]))
     for group in copies.param_groups:
         group["lr"] = 0.4  # as a range test sets it
@@ -332,7 +334,7 @@ def test_unknown_precision_names_the_choices():
 
 def test_a_range_test_result_can_be_kept_as_json(tiny, loader):
     found = find_lr(tiny, CPU, loader, make_optimizer("adam", tiny), **SHORT)
-    assert utils.LRFinderResult(**json.loads(json.dumps(found.__dict__))) == found
+    assert lr_finder.LRFinderResult(**json.loads(json.dumps(found.__dict__))) == found
 
 
 def test_machines_with_and_without_bf16_have_two_names(monkeypatch):

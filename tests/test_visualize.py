@@ -11,8 +11,9 @@ from matplotlib.text import Text
 
 import models
 import visualize
+from training.lr_finder import LRFinderResult, suggest_lrs
 from transforms import normalize
-from utils import Epoch, History, LRFinderResult, Predictions, suggest_lrs
+from utils import Epoch, History, Predictions
 from visualize import gradcam
 
 CLASSES = tuple("abcdefghij")

@@ -9,7 +9,8 @@ from pathlib import Path
 from checkpoint import SHIPPED, load_weights, save_weights
 from config import Config, command_of
 from files import write_whole
-from main import test, test_images
+from run import test_images
+from training.loops import test
 from utils import History, get_device, name_of, pick_precision
 
 CARD = """# {model}

@@ -18,7 +18,7 @@ import torch
 
 from benchmarks import common
 from benchmarks.common import ROOT
-from data import load_split
+from sources import load_split
 from utils import get_device, name_of, pick_precision
 
 # The file in this folder, and the package that it needs.

@@ -4,8 +4,11 @@ from torch import nn
 
 from benchmarks.peers.job import LR, Job
 from config import Config
-from data import CLASSES, Split, make_loader
-from main import make_optimizer, train
+from data import make_loader
+from sources.cifar10 import CLASSES
+from sources.split import Split
+from training.loops import train
+from training.optim import make_optimizer
 from transforms import train_transform
 from utils import name_of, pick_precision
 

@@ -37,8 +37,11 @@ import checkpoint
 import data
 import main
 import models
+import sources
 import utils
 from benchmarks.tables import BATTERY, render_battery
+from sources import cifar10
+from sources.split import Split
 from tests import test_checkpoint as small
 from tests import test_data as stand_in
 
@@ -65,9 +68,9 @@ class Row:
         return self.landed == self.tried and self.losses == 0 and self.control_harmed
 
 
-def images(count: int) -> data.Split:
+def images(count: int) -> Split:
     """The first images of each class of the sample's test set."""
-    split = data.load_split("cifar10-sample", "test")
+    split = sources.load_split("cifar10-sample", "test")
     return split.take(np.arange(1000)[np.arange(1000) % 100 < count // 10])
 
 
@@ -438,7 +441,7 @@ def hostile_batch(name: str, packed: bool) -> tuple[bool, bool]:
             archive.extractall(root, filter="data")
         path.write_bytes(pickle.dumps(small.Evil(proof)))
         if packed:
-            with tarfile.open(Path(root) / data.CIFAR10_TARBALL, "w:gz") as archive:
+            with tarfile.open(Path(root) / cifar10.CIFAR10_TARBALL, "w:gz") as archive:
                 archive.add(path.parent, path.parent.name)
             path.parent.rename(Path(root) / "aside")
         with contextlib.suppress(OSError):
@@ -446,7 +449,7 @@ def hostile_batch(name: str, packed: bool) -> tuple[bool, bool]:
         executed = proof.exists()
         proof.unlink(missing_ok=True)
         patch.setattr(cifar, "check_integrity", lambda *arguments: True)
-        patch.setattr(data.hashlib, "file_digest", lambda *arguments: RightMD5)
+        patch.setattr(cifar10.hashlib, "file_digest", lambda *arguments: RightMD5)
         with contextlib.suppress(Exception):
             fetch(root)
         return proof.exists(), executed
@@ -455,7 +458,7 @@ def hostile_batch(name: str, packed: bool) -> tuple[bool, bool]:
 class RightMD5:
     """Says of any tarball that it is CIFAR-10's."""
 
-    hexdigest = staticmethod(lambda: data.CIFAR10_TARBALL_MD5)
+    hexdigest = staticmethod(lambda: cifar10.CIFAR10_TARBALL_MD5)
 
 
 @contextlib.contextmanager
@@ -575,7 +578,7 @@ def race(processes: int) -> tuple[int, list[int]]:
     120 images stand in for CIFAR-10.
     """
     sample = images(200)
-    records = data.to_records(sample.images[:120], sample.labels[:120])
+    records = cifar10.to_records(sample.images[:120], sample.labels[:120])
     hashes = {name: hashlib.sha256(content).hexdigest() for name, content in records.items()}
     with tempfile.TemporaryDirectory() as root:
         asked, downloads = Path(root) / "asked", Path(root) / "downloads"
@@ -614,8 +617,8 @@ def append(path: Path, content: bytes) -> None:
 def fetch(root: str) -> None:
     """Load both splits, quietly."""
     with contextlib.redirect_stdout(io.StringIO()):
-        data.load_split("cifar10", "train", root)
-        data.load_split("cifar10", "test", root)
+        sources.load_split("cifar10", "train", root)
+        sources.load_split("cifar10", "test", root)
 
 
 BAD_INPUT = (

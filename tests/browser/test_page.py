@@ -7,7 +7,7 @@ import pytest
 from PIL import Image
 from playwright.sync_api import expect, sync_playwright
 
-import data
+from sources import cifar10
 
 SIZES = {"desktop": (1280, 860), "phone": (390, 844)}
 BROWSERS = ("chromium", "chromium-browser", "google-chrome")
@@ -86,7 +86,7 @@ def test_an_uploaded_picture_is_named_and_explained(visit, photo):
     answer(page, "Evidence for")
     assert page.locator(".large img").get_attribute("src") != before
     named = page.get_by_test_id("label-output-value").inner_text().strip()
-    assert named in data.CLASSES
+    assert named in cifar10.CLASSES
     answer(page, f"Evidence for {named} at layer2")
 
 

@@ -1,0 +1,304 @@
+"""From a `Config` to a run folder, and back."""
+
+import contextlib
+import itertools
+import json
+import re
+import time
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import nn
+from torch.utils.data import DataLoader
+
+from checkpoint import check_same_run, load_checkpoint, load_weights
+from config import Config
+from data import Loaders, make_loader, make_loaders
+from files import lock_folder, unlocked_on_error, write_whole
+from models import make_model
+from sources import load_split
+from sources.split import Split
+from training.loops import fit_model, predict
+from training.lr_finder import LRFinderResult, find_lr, read_finder
+from training.optim import make_optimizer, one_cycle
+from transforms import normalize, test_transform
+from utils import History, environment, get_device, name_of, pick_precision, seed_everything, summarize
+
+
+def predict_images(
+    model: nn.Module, device: torch.device, images: np.ndarray, card: dict, precision: str | None = None
+) -> np.ndarray:
+    """Class probabilities (N, K) of images uint8 (N, H, W, 3), as the run of a weights' card judges.
+
+    Args:
+        precision: another than the run's.
+    """
+    inputs = normalize(images, card["mean"], card["std"])
+    batch = [(inputs, torch.zeros(len(inputs), dtype=torch.int64))]
+    config = card.get("config", {})
+    precision = precision or config.get("precision", "auto")
+    return predict(model, device, batch, precision=precision, tta=config.get("tta", False)).probabilities
+
+
+def run(config: Config) -> Path:
+    """Train as `config` says and write the run folder.
+
+    Returns:
+        The folder, whose report.md tells the rest.
+
+    Raises:
+        ValueError, OSError: the run cannot start; one line that says why.
+        FloatingPointError: the loss became not finite; what the folder holds is from before.
+    """
+    return carry_out(config, *prepare(config))
+
+
+def prepare(config: Config) -> tuple[torch.device, Loaders, nn.Module, torch.optim.Optimizer, Path]:
+    """Device, loaders, model, optimizer and folder of a run; the folder is made last."""
+    device = get_device(config.device)
+    loaders = make_loaders(config, device)
+    seed_everything(config.seed, config.deterministic)
+    model = make_model(config.model, len(loaders.classes), **config.model_options)
+    model.to(device, memory_format=torch.channels_last)
+    optimizer = make_optimizer(config.optimizer, model, config.lr or 1e-3, **config.optimizer_options)
+    return device, loaders, model, optimizer, open_run(config, device, loaders, model)
+
+
+def open_run(config: Config, device: torch.device, loaders: Loaders, model: nn.Module) -> Path:
+    """Make the run folder and write what the run is: configuration, machine, network.
+
+    Raises:
+        ValueError: `config.output` holds something already, or, with `config.resume`, another run, or
+            another process uses it; it is left as it was.
+    """
+    for place in filter(None, (config.output, config.mirror)):
+        if Path(place).exists() and not Path(place).is_dir():
+            raise ValueError(f"{place} is not a folder")
+    if config.resume:
+        lock_folder(config.output)
+        with unlocked_on_error(config.output):
+            state = load_checkpoint(Path(config.output) / "checkpoints", config.mirror)
+            if state is not None:
+                check_same_run(state.get("card"), make_card(config, loaders))
+    folder = claim_folder(config)
+    lock_folder(folder)
+    path = folder / "config.json"
+    before = {}
+    with contextlib.suppress(OSError, ValueError):  # absent or damaged: written anew below
+        before = json.loads(path.read_text(encoding="utf-8"))
+    if any(before.get(name) != value for name, value in config.identity.items()):
+        (folder / "lr_finder.json").unlink(missing_ok=True)  # of another run, which left no checkpoint
+    write_whole(path, json.dumps(asdict(config), indent=1))
+    if not (folder / "environment.json").exists():  # of where the run began
+        write_whole(folder / "environment.json", json.dumps(environment(device), indent=1))
+    write_whole(folder / "summary.txt", summarize(model, config.image_size))
+    dtype = name_of(pick_precision(config.precision, device))
+    print(f"{config.model} on {config.dataset}, {device}, {dtype}, seed {config.seed}, in {folder}")
+    return folder
+
+
+def claim_folder(config: Config) -> Path:
+    """A folder that no other run has: `config.output`, or a new one named after model, data and time."""
+    if config.output:
+        folder = Path(config.output)
+        if not config.resume and folder.exists() and any(folder.iterdir()):
+            raise ValueError(f"output {folder} is there already; --resume it, or choose another")
+        folder.mkdir(parents=True, exist_ok=True)
+        return folder
+    name = f"{config.model}-{config.dataset}-{time.strftime('%Y%m%d-%H%M%S')}"
+    for ending in itertools.chain([""], (f"-{k}" for k in itertools.count(2))):
+        with contextlib.suppress(FileExistsError):
+            folder = Path("runs", name + ending)
+            folder.mkdir(parents=True)
+            return folder
+
+
+def carry_out(config: Config, device, loaders: Loaders, model, optimizer, folder: Path) -> Path:
+    """Find the rate, train, and report, in a run folder that is open."""
+    found = None
+    if config.lr is None:
+        found = range_test(config, device, loaders, model, optimizer, folder)
+    scheduler = make_scheduler(config, loaders, optimizer, found)
+    fit_model(
+        model,
+        device,
+        loaders.train,
+        loaders.test,
+        optimizer,
+        scheduler,
+        config.epochs,
+        val_loader=loaders.validation,
+        folder=folder,
+        card=make_card(config, loaders),
+        **config.fit_options,
+    )
+    report_run(config, device, loaders, model, folder)
+    return folder
+
+
+def range_test(
+    config: Config, device, loaders: Loaders, model, optimizer, folder: Path
+) -> LRFinderResult:
+    """`find_lr` as the run trains; the result is printed and kept as lr_finder.json.
+
+    A run that is continued has it already.
+    """
+    kept = read_finder(folder) if config.resume else None
+    if kept:
+        return kept
+    found = find_lr(
+        model,
+        device,
+        loaders.train,
+        optimizer,
+        precision=config.precision,
+        label_smoothing=config.label_smoothing,
+    )
+    write_whole(folder / "lr_finder.json", json.dumps(asdict(found)))
+    suggested = [f"{rule} {rate:.3g}" for rule, rate in found.suggestions.items()]
+    print(f"range test, {len(found.lrs)} steps: {', '.join(suggested)}")
+    return found
+
+
+def make_scheduler(config: Config, loaders: Loaders, optimizer, found: LRFinderResult | None):
+    """Set the rate, given or found; returns the optimizer's scheduler, or None for a constant rate."""
+    steps = min(len(loaders.train), config.max_train_batches or len(loaders.train))
+    scheduler = schedule(config, optimizer, found, config.epochs, steps)
+    if scheduler is not None:
+        group = optimizer.param_groups[0]
+        print(f"one-cycle from {group['lr']:.3g} to {group['max_lr']:.3g} and down")
+    return scheduler
+
+
+def schedule(config: Config, optimizer, found: LRFinderResult | None, epochs: int, steps: int):
+    """`make_scheduler` for so many epochs of so many steps.
+
+    A found schedule starts at `start` or at a tenth of its peak, whichever is less.
+    """
+    high = config.lr or found.suggestions[config.lr_rule]
+    if config.scheduler == "none":
+        for group in optimizer.param_groups:
+            group["lr"] = high * group.get("share", 1.0)
+        return None
+    low = None if config.lr else min(found.suggestions["start"], high / 10)
+    peak = config.peak_epoch
+    return one_cycle(optimizer, high, min_lr=low, epochs=epochs, steps_per_epoch=steps, peak_epoch=peak)
+
+
+def make_card(config: Config, loaders: Loaders) -> dict:
+    """What goes with the weights, so that they can be used without the run."""
+    return {
+        "model": config.model,
+        "options": config.model_options,
+        "image_size": config.image_size,
+        "classes": list(loaders.classes),
+        **{name: list(values) for name, values in loaders.normalization.items()},
+        "data_sha256": loaders.train.dataset.split.digest(),
+        "test_sha256": loaders.test.dataset.split.digest(),
+        "augmentation": loaders.train.dataset.describe(),
+        "config": config.identity,
+    }
+
+
+def report_run(config: Config, device, loaders: Loaders, model, folder: Path) -> None:
+    """Predict the test set and write the run's report, then say where it is."""
+    from report import write_report  # matplotlib takes a second, which a short command need not wait
+
+    options = {"precision": config.precision, "tta": config.tta, "max_batches": config.max_test_batches}
+    predictions = predict(model, device, loaders.test, **options)
+    path = write_report(folder, model, loaders, predictions)
+    images = f"{len(predictions.labels):,} images" + ", each with its mirror image" * config.tta
+    print(f"test accuracy {predictions.accuracy:.2%} of {images}")
+    print(f"report {path}")
+
+
+def test_images(
+    config: Config, card: dict, device: torch.device, own: bool = False
+) -> tuple[Split, DataLoader]:
+    """The test images of a dataset, and a loader of them as saved weights expect them.
+
+    Args:
+        own: they must be those that the run was judged on. A folder without parts is divided anew when
+            a file comes or goes, and then tests on images that the run was trained on.
+
+    Raises:
+        ValueError: the weights know other classes, or the images are not the run's own.
+    """
+    split = load_split(config.dataset, "test", config.data, image_size=config.image_size)
+    if list(split.classes) != card["classes"]:
+        raise ValueError(f"the weights know {card['classes']}, not {list(split.classes)}")
+    if own and card.get("test_sha256", split.digest()) != split.digest():
+        raise ValueError(
+            f"the test images in {config.data} are not those of the run, which may have been trained "
+            "on some of them; --data names images to judge on"
+        )
+    return split, make_loader(split, test_transform(card["mean"], card["std"]), device, config)
+
+
+def read_files(folder: Path, *names: str) -> list:
+    """JSON files of a run folder as what they describe: `Config`, machine, `History`.
+
+    Raises:
+        ValueError: one is not there, or not what this package writes; it is named.
+    """
+    readers = {
+        "config.json": lambda path: Config(**json.loads(path.read_text(encoding="utf-8"))),
+        "environment.json": lambda path: json.loads(path.read_text(encoding="utf-8"))["machine"],
+        "history.json": lambda path: finished(History.load(path.parent)),
+    }
+    found = []
+    for name in names:
+        try:
+            found.append(readers[name](folder / name))
+        except (FileNotFoundError, NotADirectoryError):
+            raise ValueError(f"{folder} is no run folder: it has no {name}") from None
+        except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+            raise ValueError(f"{folder / name} is not what a run writes ({error})") from None
+    return found
+
+
+def finished(history: History) -> History:
+    """The history, if it has an epoch."""
+    if not history.epochs:
+        raise ValueError("no epoch is finished")
+    return history
+
+
+def read_runs(folders: list[str]) -> dict[str, tuple[Config, History, str]]:
+    """Configuration, history and number of parameters of run folders.
+
+    Returns:
+        They, by the folder's name, or by its path where two have the same name.
+
+    Raises:
+        ValueError: fewer than two folders, or one that is no run folder or has no epoch yet.
+    """
+    paths = list(dict.fromkeys(map(Path, folders)))
+    if len(paths) < 2:
+        raise ValueError(f"compare needs two runs or more, not {len(paths)}")
+    names = [path.resolve().name for path in paths]
+    runs = {}
+    for path, name in zip(paths, names, strict=True):
+        config, history = read_files(path, "config.json", "history.json")
+        summary = path / "summary.txt"
+        text = summary.read_text(encoding="utf-8") if summary.is_file() else ""
+        parameters = re.search(r"Total params: ([\d,]+)", text)
+        label = name if names.count(name) == 1 else str(path)
+        runs[label] = config, history, parameters[1] if parameters else "?"
+    return runs
+
+
+def read_model(given) -> tuple[nn.Module, dict, torch.device]:
+    """Model and card of saved weights, and the device asked for."""
+    return *load_weights(given.weights), get_device(given.device)
+
+
+def run_config(card: dict, given) -> Config:
+    """The configuration of the run that made some weights, with the data and precision asked for."""
+    try:
+        config = Config(**card["config"])
+    except (KeyError, TypeError) as error:
+        raise ValueError(f"{given.weights} has no configuration of this version ({error})") from None
+    return replace(config, data=given.data or config.data, precision=given.precision or config.precision)

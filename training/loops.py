@@ -1,0 +1,347 @@
+"""The path of a batch: train, test, predict, and the loop over epochs."""
+
+import functools
+import itertools
+import math
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from checkpoint import Checkpoints
+from data import start_epoch
+from training.guards import (
+    Stopped,
+    check_batch,
+    check_finite,
+    signals_noted,
+    skips_on_device,
+    warn_if_dead,
+)
+from training.optim import average_of, averaging
+from training.progress import event_log, make_row, print_row, progress
+from utils import (
+    Epoch,
+    History,
+    Predictions,
+    Stats,
+    Tally,
+    autocast,
+    keep_freed_memory,
+    make_scaler,
+    name_of,
+    pick_precision,
+)
+
+# The stream of random numbers for dropout = f(seed, epoch, step); data.py has the other two.
+DROPOUT = 2
+
+
+def train(
+    model: nn.Module,
+    device: torch.device,
+    train_loader,
+    optimizer: torch.optim.Optimizer,
+    scheduler=None,
+    *,
+    epoch: int | None = None,
+    precision: str = "auto",
+    label_smoothing: float = 0.0,
+    seed: int = 0,
+    max_batches: int | None = None,
+) -> Stats:
+    """Train for one epoch with cross-entropy.
+
+    Args:
+        train_loader: yields images float (N, C, H, W) and labels int64 (N,).
+        scheduler: stepped after every batch.
+        epoch: which one, from 1; none: the loader's next.
+        precision: of the forward pass, as in `pick_precision`.
+        seed: of dropout.
+        max_batches: stop after so many.
+
+    Returns:
+        Mean loss and accuracy over the epoch, in training mode and as the weights changed.
+
+    Raises:
+        FloatingPointError: loss or gradient is not finite; the weights are those before that step.
+    """
+    device = torch.device(device)
+    tally = Tally.of(start_epoch(train_loader, epoch), device)
+    scaler = make_scaler(device, pick_precision(precision, device))
+    options = {"precision": precision, "label_smoothing": label_smoothing, "seed": seed}
+    for _ in train_steps(
+        model, device, train_loader, optimizer, scheduler, scaler, tally, max_batches, **options
+    ):
+        pass
+    return tally.stats()
+
+
+def train_steps(
+    model,
+    device: torch.device,
+    loader,
+    optimizer,
+    scheduler,
+    scaler,
+    tally: Tally,
+    max_batches: int | None,
+    *,
+    precision: str,
+    label_smoothing: float,
+    seed: int,
+    compile: bool = False,
+) -> Iterator[None]:
+    """The rest of the epoch that `tally` counts, one update at a time; yields between them.
+
+    With a fused optimizer nothing here waits for a GPU but the very first batch and the end of an epoch.
+    """
+    keep_freed_memory(device)
+    dtype = pick_precision(precision, device)
+    model.to(device, memory_format=torch.channels_last).train()
+    forward = torch.compile(model) if compile else model
+    if scaler.is_enabled() and isinstance(optimizer, torch.optim.SGD):
+        # Else a first update that is skipped leaves whatever was in memory as momentum.
+        for parameter in model.parameters():
+            optimizer.state[parameter].setdefault("momentum_buffer", torch.zeros_like(parameter))
+    began = time.perf_counter() - tally.seconds
+    for images, labels in progress(loader, tally, max_batches):
+        if not tally.steps and tally.epoch == 1:
+            check_batch(model, images, labels, device, dtype)
+        images, labels = to_device(images, labels, device)
+        lr = optimizer.param_groups[0]["lr"]
+        with torch.random.fork_rng([device] if device.type == "cuda" else []):
+            key = [seed, DROPOUT, tally.epoch, tally.steps]
+            torch.manual_seed(int(np.random.default_rng(key).integers(2**63)))
+            train_step(forward, images, labels, optimizer, scaler, tally, dtype, label_smoothing)
+        if scheduler is not None:
+            scheduler.step()
+        tally.lrs.append(lr)
+        tally.images += len(labels)
+        tally.steps += 1
+        tally.seconds = time.perf_counter() - began
+        yield
+    start_epoch(loader, tally.epoch + 1)
+    if not tally.steps:
+        raise ValueError("the training loader has no batch")
+    check_finite(tally, scaler)
+    tally.seconds = time.perf_counter() - began  # now that the device has done it all
+
+
+def train_step(
+    forward, images, labels, optimizer, scaler, tally: Tally, dtype, label_smoothing: float
+) -> None:
+    """One update, added to `tally`; none if loss or gradient is not finite, now or before."""
+    optimizer.zero_grad(set_to_none=True)
+    with autocast(images.device, dtype):
+        logits = forward(images)
+        loss = F.cross_entropy(logits, labels, label_smoothing=label_smoothing)
+    sound = torch.isfinite(loss.detach()) & (tally.totals[2] == tally.steps)
+    if scaler.is_enabled():  # it skips by the gradient alone: make that what the loss was before
+        loss = loss * torch.where(sound, 1.0, math.nan)
+    scaler.scale(loss).backward()
+    if not scaler.is_enabled():
+        gradients = [p.grad for group in optimizer.param_groups for p in group["params"]]
+        norm = nn.utils.get_total_norm([g for g in gradients if g is not None])
+        sound = sound & torch.isfinite(norm)
+    hits = (logits.argmax(1) == labels).sum()
+    sums = torch.stack([loss.detach().float() * len(labels), hits.float(), sound.float()])
+    tally.totals += sums
+    if not skips_on_device(optimizer):
+        check_finite(tally, scaler, optimizer.param_groups[0]["lr"])
+    elif not scaler.is_enabled():
+        optimizer.found_inf = 1 - sums[2]
+    scaler.step(optimizer)
+    vars(optimizer).pop("found_inf", None)  # which would stop whoever uses the optimizer next
+    scaler.update()
+
+
+def test(
+    model: nn.Module,
+    device: torch.device,
+    test_loader,
+    *,
+    precision: str = "auto",
+    tta: bool = False,
+    max_batches: int | None = None,
+) -> Stats:
+    """Mean cross-entropy and accuracy over every image of a loader, each counted once.
+
+    Args:
+        tta: average the logits of each image with those of its mirror image.
+    """
+    return score(*forward_all(model, device, test_loader, precision, max_batches, tta))
+
+
+def score(logits: torch.Tensor, labels: torch.Tensor) -> Stats:
+    """Mean cross-entropy and accuracy of logits (N, K) against labels (N,)."""
+    hits = (logits.argmax(1) == labels).sum().item()
+    return Stats(F.cross_entropy(logits, labels).item(), hits / len(labels))
+
+
+def predict(
+    model: nn.Module,
+    device: torch.device,
+    loader,
+    *,
+    precision: str = "auto",
+    tta: bool = False,
+    max_batches: int | None = None,
+) -> Predictions:
+    """Class probabilities of every image of a loader, in its order; `tta` as in `test`."""
+    logits, labels = forward_all(model, device, loader, precision, max_batches, tta)
+    return Predictions(logits.softmax(1).cpu().numpy(), labels.cpu().numpy())
+
+
+def forward_all(model, device, loader, precision: str, max_batches: int | None, tta: bool = False):
+    """Logits float32 (N, K) and labels (N,) of a loader, on the device; the model's mode is kept."""
+    device = torch.device(device)
+    keep_freed_memory(device)
+    dtype = pick_precision(precision, device)
+    training = model.training
+    model.to(device, memory_format=torch.channels_last).eval()
+    logits, targets = [], []
+    with torch.inference_mode(), autocast(device, dtype):
+        for images, labels in itertools.islice(loader, max_batches):
+            images, labels = to_device(images, labels, device)
+            views = [images, images.flip(-1)] if tta else [images]
+            logits.append(sum(model(view).float() for view in views) / len(views))
+            targets.append(labels)
+    model.train(training)
+    return torch.cat(logits), torch.cat(targets)
+
+
+def fit_model(
+    model: nn.Module,
+    device: torch.device,
+    train_loader,
+    test_loader,
+    optimizer: torch.optim.Optimizer,
+    scheduler=None,
+    epochs: int = 20,
+    *,
+    val_loader=None,
+    precision: str = "auto",
+    label_smoothing: float = 0.0,
+    average: float = 0.0,
+    seed: int = 0,
+    compile: bool = False,
+    tta: bool = False,
+    max_train_batches: int | None = None,
+    max_test_batches: int | None = None,
+    folder: str | Path | None = None,
+    card: dict | None = None,
+    resume: bool = False,
+    mirror: str | Path | None = None,
+    checkpoint_seconds: float = 60.0,
+) -> History:
+    """Train for some epochs, evaluate after each, print one table row for each.
+
+    Args:
+        scheduler: stepped after every batch.
+        average: what a running average of the weights keeps at each step, such as 0.99; it is judged and
+            kept instead of the weights, and the model's at the end. 0: no average.
+        compile: the forward and backward pass of training, by `torch.compile`.
+        tta: judge as in `test`, with mirror images.
+        val_loader: judged after each epoch instead of the test set, which then is looked at once,
+            after the last.
+        folder: where checkpoints, history, TensorBoard events and, if there is a `card`, weights go.
+        card: goes with the weights, see `save_weights`.
+        resume: continue from the newest whole checkpoint in `folder` or `mirror`, if there is one. The
+            result is that of an uninterrupted run, bit for bit, on the same versions and device.
+        mirror: a second folder for checkpoints.
+        checkpoint_seconds: between checkpoints within an epoch; there is one after each epoch too.
+
+    Returns:
+        One row an epoch, and the learning rate of every step.
+
+    Raises:
+        FloatingPointError: a loss or gradient is not finite; what was kept before stays.
+        ValueError: the checkpoint is another run's, or there is one and `resume` is off, or another
+            process uses `folder`.
+        Stopped: SIGINT or SIGTERM came; a checkpoint was written first.
+        OSError: the last epoch's files could not be written.
+    """
+    device = torch.device(device)
+    model.to(device, memory_format=torch.channels_last)
+    judged = average_of(model) if average else model
+    scaler = make_scaler(device, pick_precision(precision, device))
+    parts = {"model": model, "optimizer": optimizer, "scheduler": scheduler, "scaler": scaler}
+    parts["average"] = judged if average else None
+    options = {"precision": precision, "label_smoothing": label_smoothing, "seed": seed}
+    options["compile"] = compile
+    facts = facts_of(device, train_loader, max_train_batches, epochs=epochs, average=average, **options)
+    check = functools.partial(check_finite, scaler=scaler)
+    kept = Checkpoints(folder, parts, card, facts, mirror, checkpoint_seconds, check)
+    training = (model, device, train_loader, optimizer, scheduler, scaler)
+    judging = (judged, device, val_loader, test_loader, epochs, precision, max_test_batches, tta)
+    with (
+        signals_noted() as signals,
+        kept.start(resume, device),
+        event_log(folder, kept.history) as update_events,
+        averaging(optimizer, model, judged, average, lambda: kept.steps),
+    ):
+        try:
+            while kept.tally.epoch <= epochs:
+                start = time.perf_counter() - kept.tally.seconds
+                start_epoch(train_loader, kept.tally.epoch, kept.tally.steps)
+                steps = train_steps(*training, kept.tally, max_train_batches, **options)
+                for _ in signals.between(steps):
+                    kept.save_if_due()
+                row = evaluate(*judging, kept.tally, start)
+                with signals.held():
+                    kept.end_epoch(row)
+                print_row(row, header=len(kept.history.epochs) == 1)
+                if folder is not None and kept.failure is None:  # events are a view of the history
+                    update_events()
+        except Stopped:
+            with signals.held():
+                kept.save()
+            raise
+    if kept.failure:
+        raise kept.failure
+    return kept.history
+
+
+def facts_of(device, loader, max_batches, *, precision, **options) -> dict:
+    """What must be the same when a training is continued; the precision as the device resolves it."""
+    return {
+        "precision": name_of(pick_precision(precision, device)),
+        **options,
+        "steps_per_epoch": min(len(loader), max_batches or len(loader)),
+    }
+
+
+def evaluate(
+    model,
+    device,
+    val_loader,
+    test_loader,
+    epochs,
+    precision,
+    max_batches,
+    tta,
+    tally: Tally,
+    start: float,
+) -> Epoch:
+    """Judge the weights at the end of an epoch that began at `start`, and put its row together."""
+    stats = {"train": tally.stats()}
+    loaders = {"val": val_loader, "test": test_loader}
+    if val_loader is None or tally.epoch < epochs:
+        del loaders["val" if val_loader is None else "test"]
+    for part, loader in loaders.items():
+        logits, labels = forward_all(model, device, loader, precision, max_batches, tta)
+        stats[part] = score(logits, labels)
+        warn_if_dead(tally, part, stats[part], logits, last=tally.epoch == epochs)
+    seconds, speed = time.perf_counter() - start, tally.images / tally.seconds
+    return make_row(tally.epoch, tally.lrs[-1], stats, seconds, speed)
+
+
+def to_device(images, labels, device: torch.device):
+    """A batch on the device, images in channels-last memory; free for what is there already."""
+    images = images.to(device, non_blocking=True, memory_format=torch.channels_last)
+    return images, labels.to(device, non_blocking=True)

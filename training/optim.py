@@ -1,0 +1,202 @@
+"""What moves the weights: optimizers by name, the schedule, and the running average."""
+
+import contextlib
+import copy
+import inspect
+import math
+import operator
+
+import torch
+from torch import nn
+from torch.optim.lr_scheduler import OneCycleLR
+from torch.optim.swa_utils import get_ema_multi_avg_fn
+
+from utils import choose, pick_precision
+
+OPTIMIZERS = ("adam", "adamw", "sgd", "muon")
+MOMENTUM = 0.9
+SGD_SHARE = 8  # of Muon's rate: 0.4 to 0.05, the best of a few for ResNet18
+
+
+def average_of(model: nn.Module) -> nn.Module:
+    """A copy of a model to average its weights in, sharing what cannot be averaged: counts."""
+    counts = {id(x): x for x in model.buffers() if not x.is_floating_point()}
+    return copy.deepcopy(model, counts)
+
+
+@contextlib.contextmanager
+def averaging(optimizer, model: nn.Module, averaged: nn.Module, decay: float, steps_done):
+    """Move `averaged`, its buffers too, towards `model` after each update; put it into `model` at last.
+
+    It runs as part of the optimizer's step, so nothing can come between the update and its average.
+    After t earlier updates the decay is t / (t + 1), until that exceeds `decay`. The average starts
+    as the mean of the weights after each update, without the initial weights.
+
+    Args:
+        decay: the share of the average that stays at each step; 0 does nothing.
+        steps_done: a function that returns the number of updates before the one under way.
+    """
+    if not decay:
+        yield
+        return
+    pairs = zip(averaged.state_dict().values(), model.state_dict().values(), strict=True)
+    old, new = zip(*(pair for pair in pairs if pair[0].is_floating_point()), strict=True)
+
+    def move(*_) -> None:
+        t = steps_done()
+        get_ema_multi_avg_fn(min(decay, t / (t + 1)))(old, new, None)
+
+    handle = optimizer.register_step_post_hook(move)
+    try:
+        yield
+    finally:
+        handle.remove()
+    model.load_state_dict(averaged.state_dict())
+
+
+def make_optimizer(
+    name: str, model: nn.Module, lr: float = 1e-3, weight_decay: float = 0.0, head_rate: float = 1.0
+) -> torch.optim.Optimizer:
+    """Adam, AdamW (betas 0.9, 0.999), SGD with Nesterov momentum 0.9, or Muon, by name; fused kernels.
+
+    Args:
+        lr: with Muon that of what it moves; norms, biases and the last layer have SGD_SHARE times it.
+        weight_decay: on the weights of convolutions and linear layers, not on norms and biases; with
+            Muon not on the last linear layer either.
+        head_rate: rate of the last linear layer, as a share of the others'; it decays as they do. The
+            square of s trains as if logits were multiplied by s; Page has 1/8.
+    """
+    last = [module for module in model.modules() if isinstance(module, nn.Linear)][-1:]
+    head = [p for module in last for p in module.parameters() if head_rate != 1 or name == "muon"]
+    body = [p for p in model.parameters() if not any(p is other for other in head)]
+    coupled = name == "adam"  # its penalty is scaled with the gradient; elsewhere the rate multiplies it
+    groups = [
+        {
+            "params": [p for p in part if (p.dim() > 1) is matrix],
+            "weight_decay": weight_decay / (1 if coupled else share) if matrix else 0.0,
+            "share": share,
+            "lr": lr * share,
+        }
+        for part, share in ((body, 1.0), (head, head_rate))
+        for matrix in (True, False)
+    ]
+    groups = [group for group in groups if group["params"]]
+    common = {"params": groups, "lr": lr, "fused": True}
+    if name == "muon":
+        for group in groups[1:]:
+            share = group["share"] * SGD_SHARE
+            group.update(share=share, lr=lr * share, weight_decay=0.0)
+        groups[0].update(momentum=0.0, nesterov=False, orthogonal=True)
+    if name in ("sgd", "muon"):
+        kind = Muon if name == "muon" else torch.optim.SGD
+        return kind(**common, momentum=MOMENTUM, nesterov=True)
+    if name in ("adam", "adamw"):
+        kind = torch.optim.Adam if name == "adam" else torch.optim.AdamW
+        return kind(**common, betas=(0.9, 0.999))
+    choose("optimizer", name, OPTIMIZERS)
+
+
+class Muon(torch.optim.SGD):
+    """SGD, but matrices move by their momentum made orthogonal: kellerjordan.github.io/posts/muon.
+
+    So it learns all directions at one speed, not only those of large gradients. A kernel is a matrix of
+    (outputs, inputs x height x width). The groups with "orthogonal" move so, with Nesterov momentum kept
+    here (SGD's own is 0 for them) and a decoupled decay; the others as in SGD. PyTorch's Muon takes no
+    kernels.
+    """
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        """One update, on the device alone: where a gradient scaler's flag says so, nothing moves."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        scale, skip = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
+        turned = [p for group in self.param_groups if group.get("orthogonal") for p in group["params"]]
+        for p in turned:
+            if p.grad is None:
+                continue
+            gradient = p.grad if scale is None else p.grad / scale
+            if not self.state[p]:
+                self.state[p]["momentum_buffer"] = torch.zeros_like(p)
+            old = self.state[p]["momentum_buffer"]
+            new = MOMENTUM * old + gradient
+            matrix = orthogonal((gradient + MOMENTUM * new).flatten(1)).view_as(p)
+            old.copy_(new if skip is None else torch.where(skip > 0, old, new))
+            p.grad.copy_(matrix if scale is None else matrix * scale)
+        inspect.unwrap(torch.optim.SGD.step)(self)  # without the hooks, which this step has run already
+        return loss
+
+
+def orthogonal(matrix: torch.Tensor) -> torch.Tensor:
+    """About the nearest orthogonal matrix, its singular values 0.7 to 1.2, by Newton-Schulz iteration.
+
+    Five steps of the odd polynomial that Jordan chose, in the device's fastest number format.
+    """
+    x = (matrix / matrix.norm().clamp(min=1e-30)).to(pick_precision("auto", matrix.device))
+    tall = len(x) > len(x.T)
+    x = x.T if tall else x
+    for _ in range(5):
+        square = x @ x.T
+        even = torch.addmm(square, square, square, beta=-4.7750, alpha=2.0315)
+        x = torch.addmm(x, even, x, beta=3.4445)
+    return x.T if tall else x
+
+
+def scale_rates(optimizer: torch.optim.Optimizer) -> None:
+    """Make each group step at its share of the rate, where a schedule sets the same rate for all."""
+    shares = [group.get("share", 1.0) for group in optimizer.param_groups]
+
+    def multiply(by) -> None:
+        for group, share in zip(optimizer.param_groups, shares, strict=True):
+            group["lr"] = by(group["lr"], share)
+
+    optimizer.register_step_pre_hook(lambda *_: multiply(operator.mul))
+    optimizer.register_step_post_hook(lambda *_: multiply(operator.truediv))
+
+
+def one_cycle(
+    optimizer: torch.optim.Optimizer,
+    max_lr: float,
+    *,
+    epochs: int,
+    steps_per_epoch: int,
+    peak_epoch: float = 5.0,
+    min_lr: float | None = None,
+) -> OneCycleLR:
+    """OneCycleLR with a linear rise to the end of `peak_epoch` and a linear fall to almost nothing.
+
+    Two phases, no annihilation phase, momentum left alone. A run too short to reach `peak_epoch`
+    peaks at 0.3 of its length.
+
+    Args:
+        max_lr: the rate at the peak; a parameter group with a "share" has that share of it.
+        epochs, steps_per_epoch: how often it will be stepped, once after each batch.
+        peak_epoch: epochs until the peak; the last batch of that epoch uses `max_lr`.
+        min_lr: the first rate; the line ends at a hundredth of it, one step after the last. None:
+            max_lr / 25, PyTorch's own.
+
+    Raises:
+        ValueError: a rate is not positive and finite, or min_lr is over max_lr.
+    """
+    min_lr = max_lr / 25 if min_lr is None else min_lr
+    if not 0 < min_lr <= max_lr < math.inf:
+        raise ValueError(f"rates must be 0 < min_lr <= max_lr, finite, not {min_lr} and {max_lr}")
+    steps = epochs * steps_per_epoch
+    if steps < 1:
+        raise ValueError(f"a schedule needs a step: {epochs} epochs of {steps_per_epoch} is none")
+    reach = peak_epoch if peak_epoch < epochs else 0.3 * epochs
+    peak = min(max(reach * steps_per_epoch - 1, 0.5), steps - 0.5)  # index of the step at the peak
+    # One step more than are taken: OneCycleLR's rate after its last step would be negative.
+    return OneCycleLR(
+        optimizer,
+        max_lr=[max_lr * group.get("share", 1.0) for group in optimizer.param_groups],
+        total_steps=steps + 1,
+        pct_start=(peak + 1) / (steps + 1),
+        anneal_strategy="linear",
+        div_factor=max_lr / min_lr,
+        final_div_factor=100,
+        three_phase=False,
+        cycle_momentum=False,
+    )

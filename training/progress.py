@@ -1,0 +1,100 @@
+"""What is shown while a network trains: bar, table, TensorBoard events."""
+
+import contextlib
+import itertools
+import math
+import shutil
+import sys
+from pathlib import Path
+
+from tqdm import tqdm
+
+from data import EpochSampler
+from training.guards import CURE
+from utils import Epoch, History, Stats, Tally
+
+
+def progress(loader, tally: Tally, max_batches: int | None):
+    """The batches that an epoch has left, behind a bar that leaves no trace; none if nobody watches."""
+    sampler = getattr(loader, "sampler", None)
+    total = sampler.batches if isinstance(sampler, EpochSampler) else len(loader)
+    total = min(total, max_batches or total)
+    # Our sampler starts at the right batch; of another loader the batches done are passed over.
+    done = 0 if isinstance(sampler, EpochSampler) else tally.steps
+    watched = sys.stdout.isatty() or "google.colab" in sys.modules
+    return tqdm(
+        itertools.islice(loader, done, total - tally.steps + done),
+        f"epoch {tally.epoch}",
+        total,
+        initial=tally.steps,
+        leave=False,
+        file=sys.stdout,
+        disable=not watched,
+        mininterval=0.5,
+    )
+
+
+def make_row(epoch: int, lr: float, stats: dict[str, Stats], seconds: float, speed: float) -> Epoch:
+    """An `Epoch` from the stats of each part that was measured.
+
+    Raises:
+        FloatingPointError: one of them is not finite, as after an update that ruined the weights.
+    """
+    for part, (loss, _) in stats.items():
+        if not math.isfinite(loss):
+            raise FloatingPointError(f"the {part} loss is {loss} after epoch {epoch}; {CURE}")
+    columns = {f"{part}_{name}": x for part, s in stats.items() for name, x in s._asdict().items()}
+    return Epoch(epoch=epoch, lr=lr, seconds=seconds, images_per_second=speed, **columns)
+
+
+def print_row(row: Epoch, header: bool) -> None:
+    """One line of the training table, after its head if `header`."""
+    stats = row.stats()
+    parts = ["train", "val", "test"] if "val" in stats else ["train", "test"]
+    if header:
+        heads = "".join(f"{part + ' loss':>12}{'acc':>8}" for part in parts)
+        print(f"{'epoch':>5}{'lr':>11}{heads}{'seconds':>9}{'images/s':>10}")
+    cells = [
+        f"{stats[part].loss:>12.4f}{stats[part].accuracy:>8.2%}" if part in stats else f"{'':>20}"
+        for part in parts
+    ]
+    times = f"{row.seconds:>9.1f}{row.images_per_second:>10,.0f}"
+    print(f"{row.epoch:>5}{row.lr:>11.3g}{''.join(cells)}{times}", flush=True)
+
+
+@contextlib.contextmanager
+def event_log(folder: str | Path | None, history: History):
+    """A function that brings a run folder's TensorBoard events up to date with the history.
+
+    They are written anew when a run is continued: what a killed run left may lack some or have more.
+    """
+    writers = []
+
+    def update() -> None:
+        rows = history.epochs[-1:]
+        if not writers:
+            from torch.utils.tensorboard import SummaryWriter  # two seconds of imports
+
+            path, rows = Path(folder) / "tensorboard", history.epochs
+            shutil.rmtree(path, ignore_errors=True)
+            writers.append(SummaryWriter(path))
+        for row in rows:
+            write_events(
+                writers[0], row, history.lrs[: row.epoch * len(history.lrs) // len(history.epochs)]
+            )
+
+    try:
+        yield update
+    finally:
+        for writer in writers:
+            writer.close()
+
+
+def write_events(writer, row: Epoch, lrs: list[float]) -> None:
+    """One epoch's numbers, and the rate of each of its steps, which are the last of `lrs`."""
+    for part, stats in row.stats().items():
+        for metric, value in stats._asdict().items():
+            writer.add_scalar(f"{metric}/{part}", value, row.epoch)
+    for step in range(len(lrs) - len(lrs) // row.epoch, len(lrs)):
+        writer.add_scalar("lr", lrs[step], step)
+    writer.flush()
