@@ -1,5 +1,6 @@
 import contextlib
 import copy
+import ctypes
 import errno
 import fcntl
 import hashlib
@@ -431,18 +432,43 @@ def test_a_full_disk_does_not_stop_training_but_is_told_at_once_and_at_the_end(
     assert "warning: not written:" in printed and len(re.findall(r"^ +[12] ", printed, re.M)) == EPOCHS
 
 
+CAP_DAC_OVERRIDE = 1 << 1  # by which Linux's root writes where the owner of a folder may not
+
+
 @contextlib.contextmanager
-def read_only(folder):
-    """Nothing can be written below a folder, not even by root, who is nobody meanwhile."""
-    folders = [folder, *(path for path in folder.rglob("*") if path.is_dir())]
-    user = os.geteuid()
-    for path in folders:
-        path.chmod(0o555)
-    os.seteuid(user or 65534)
+def without_override():
+    """Root is held to a folder's permissions as its owner is; another user always is.
+
+    Becoming another user would do, too, but that one may be unable to read the environment, from which
+    modules are still to be imported.
+    """
+    if os.geteuid():
+        yield
+        return
+    libc = ctypes.CDLL(None, use_errno=True)
+    header = (ctypes.c_uint32 * 2)(0x20080522, 0)  # version 3 of the call, this thread
+    old = (
+        ctypes.c_uint32 * 6
+    )()  # effective, permitted, inheritable: capabilities 0 to 31, then 32 to 63
+    assert libc.capget(header, old) == 0, os.strerror(ctypes.get_errno())
+    new = (ctypes.c_uint32 * 6)(old[0] & ~CAP_DAC_OVERRIDE, *old[1:])
+    assert libc.capset(header, new) == 0, os.strerror(ctypes.get_errno())
     try:
         yield
     finally:
-        os.seteuid(user)
+        assert libc.capset(header, old) == 0, os.strerror(ctypes.get_errno())
+
+
+@contextlib.contextmanager
+def read_only(folder):
+    """Nothing can be written below a folder, not even by root."""
+    folders = [folder, *(path for path in folder.rglob("*") if path.is_dir())]
+    for path in folders:
+        path.chmod(0o555)
+    try:
+        with without_override():
+            yield
+    finally:
         for path in folders:
             path.chmod(0o755)
 
@@ -450,8 +476,7 @@ def read_only(folder):
 def test_a_read_only_folder_leaves_the_old_checkpoint_and_says_so_in_one_line(
     sample, uninterrupted, tmp_path, monkeypatch, capsys
 ):
-    monkeypatch.chdir(tmp_path)  # nobody may not pass through the folders above
-    tmp_path.chmod(0o755)
+    monkeypatch.chdir(tmp_path)
     run(sample, "r", stop_at=4)
     before = {path: path.read_bytes() for path in Path("r").rglob("*") if path.is_file()}
     capsys.readouterr()
