@@ -476,8 +476,7 @@ def test_muon_calls_a_closure_for_the_gradients_of_its_update(tiny):
     assert all(torch.equal(a, b) for a, b in zip(tiny.parameters(), called.parameters(), strict=True))
 
 
-def test_muon_runs_each_hook_once_though_it_is_made_of_sgd(tiny):
-    torch.optim.SGD(tiny.parameters(), lr=0.1)  # from now on PyTorch runs hooks in SGD's own step
+def test_muon_runs_each_hook_once(tiny):
     optimizer, calls = main.make_optimizer("muon", tiny), []
     optimizer.register_step_pre_hook(lambda *_: calls.append("before"))
     optimizer.register_step_post_hook(lambda *_: calls.append("after"))
@@ -496,6 +495,21 @@ def test_muon_takes_the_scale_out_of_scaled_gradients(tiny):
                 p.grad = torch.randn(p.shape, generator=torch.Generator().manual_seed(i + step)) * scale
             optimizer.step()
     assert all(torch.equal(a, b) for a, b in zip(tiny.parameters(), scaled.parameters(), strict=True))
+
+
+@pytest.mark.parametrize("scale", [None, 2.0**14])
+def test_muon_leaves_gradients_as_they_were(tiny, scale):
+    torch.manual_seed(0)
+    optimizer = main.make_optimizer("muon", tiny, lr=0.05, weight_decay=0.1)
+    if scale:
+        optimizer.grad_scale, optimizer.found_inf = torch.tensor(scale), torch.tensor(0.0)
+    for p in tiny.parameters():
+        p.grad = torch.randn_like(p) * (scale or 1.0)
+    before = [p.grad.clone() for p in tiny.parameters()]
+    weights = [p.detach().clone() for p in tiny.parameters()]
+    optimizer.step()
+    assert all(torch.equal(p.grad, old) for p, old in zip(tiny.parameters(), before, strict=True))
+    assert not any(torch.equal(p, old) for p, old in zip(tiny.parameters(), weights, strict=True))
 
 
 # The command line

@@ -2,13 +2,13 @@
 
 import contextlib
 import copy
-import inspect
 import math
 import operator
 
 import torch
 from torch import nn
 from torch.optim.lr_scheduler import OneCycleLR
+from torch.optim.sgd import sgd
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from utils import choose, pick_precision
@@ -86,24 +86,51 @@ def make_optimizer(
         for group in groups[1:]:
             share = group["share"] * SGD_SHARE
             group.update(share=share, lr=lr * share, weight_decay=0.0)
-        groups[0].update(momentum=0.0, nesterov=False, orthogonal=True)
-    if name in ("sgd", "muon"):
-        kind = Muon if name == "muon" else torch.optim.SGD
-        return kind(**common, momentum=MOMENTUM, nesterov=True)
+        groups[0]["orthogonal"] = True
+        return Muon(groups, lr)
+    if name == "sgd":
+        return torch.optim.SGD(**common, momentum=MOMENTUM, nesterov=True)
     if name in ("adam", "adamw"):
         kind = torch.optim.Adam if name == "adam" else torch.optim.AdamW
         return kind(**common, betas=(0.9, 0.999))
     choose("optimizer", name, OPTIMIZERS)
 
 
-class Muon(torch.optim.SGD):
-    """SGD, but matrices move by their momentum made orthogonal: kellerjordan.github.io/posts/muon.
+class Muon(torch.optim.Optimizer):
+    """Muon for the groups marked "orthogonal", SGD with Nesterov momentum for the others.
 
-    So it learns all directions at one speed, not only those of large gradients. A kernel is a matrix of
-    (outputs, inputs x height x width). The groups with "orthogonal" move so, with Nesterov momentum kept
-    here (SGD's own is 0 for them) and a decoupled decay; the others as in SGD. PyTorch's Muon takes no
-    kernels.
+    Muon moves a matrix by its momentum made orthogonal, so that it learns all directions at one speed,
+    not only those of large gradients: Keller Jordan, kellerjordan.github.io/posts/muon. A kernel is a
+    matrix of (outputs, inputs x height x width). PyTorch's own Muon takes parameters of two dimensions
+    only, hence no kernels. Gradients are left as they are.
+
+    Args:
+        params: parameters, or groups of them, each with settings of its own.
+        lr: the learning rate.
+        weight_decay: decoupled from the gradient where "orthogonal", else an L2 penalty.
+        momentum: above 0.
+        orthogonal: whether groups that do not say so move as Muon does.
     """
+
+    _step_supports_amp_scaling = True  # a gradient scaler then sets grad_scale and found_inf on it
+
+    def __init__(
+        self,
+        params,
+        lr: float = 1e-3,
+        weight_decay: float = 0.0,
+        momentum: float = MOMENTUM,
+        orthogonal: bool = False,
+    ):
+        if momentum <= 0:
+            raise ValueError(f"momentum must be above 0, not {momentum}")
+        defaults = {
+            "lr": lr,
+            "weight_decay": weight_decay,
+            "momentum": momentum,
+            "orthogonal": orthogonal,
+        }
+        super().__init__(params, defaults)
 
     @torch.no_grad()
     def step(self, closure=None):
@@ -112,21 +139,74 @@ class Muon(torch.optim.SGD):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        scale, skip = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
-        turned = [p for group in self.param_groups if group.get("orthogonal") for p in group["params"]]
-        for p in turned:
-            if p.grad is None:
+        scale, found_inf = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
+        for group in self.param_groups:
+            params = [p for p in group["params"] if p.grad is not None]
+            if not params:
                 continue
-            gradient = p.grad if scale is None else p.grad / scale
-            if not self.state[p]:
-                self.state[p]["momentum_buffer"] = torch.zeros_like(p)
-            old = self.state[p]["momentum_buffer"]
-            new = MOMENTUM * old + gradient
-            matrix = orthogonal((gradient + MOMENTUM * new).flatten(1)).view_as(p)
-            old.copy_(new if skip is None else torch.where(skip > 0, old, new))
-            p.grad.copy_(matrix if scale is None else matrix * scale)
-        inspect.unwrap(torch.optim.SGD.step)(self)  # without the hooks, which this step has run already
+            grads = [p.grad for p in params]
+            if scale is not None:
+                grads = torch._foreach_div(grads, scale)
+            settings = {name: group[name] for name in ("lr", "weight_decay", "momentum")}
+            update = muon_update if group["orthogonal"] else sgd_update
+            update(params, grads, self._buffers(params), **settings, found_inf=found_inf)
         return loss
+
+    def _buffers(self, params: list[torch.Tensor]) -> list[torch.Tensor]:
+        """The momentum of each parameter, 0 before its first update."""
+        for p in params:
+            if "momentum_buffer" not in self.state[p]:
+                self.state[p]["momentum_buffer"] = torch.zeros_like(p)
+        return [self.state[p]["momentum_buffer"] for p in params]
+
+
+def muon_update(
+    params: list[torch.Tensor],
+    grads: list[torch.Tensor],
+    buffers: list[torch.Tensor],
+    *,
+    lr: float,
+    weight_decay: float,
+    momentum: float,
+    found_inf: torch.Tensor | None,
+) -> None:
+    """Move `params` by their Nesterov momentum made orthogonal, and shrink them by lr x weight_decay.
+
+    Args:
+        buffers: momentum of each parameter, updated in place.
+        found_inf: above 0 where nothing may move; none: everything moves.
+    """
+    moved = torch._foreach_mul(buffers, momentum)
+    torch._foreach_add_(moved, grads)
+    ahead = torch._foreach_mul(moved, momentum)
+    torch._foreach_add_(ahead, grads)
+    # In each parameter's own number format and memory layout, which the fused kernel reads.
+    directions = [
+        torch.empty_like(p).copy_(orthogonal(matrix.flatten(1)).view_as(p))
+        for p, matrix in zip(params, ahead, strict=True)
+    ]
+    if found_inf is not None:
+        moved = [torch.where(found_inf > 0, old, new) for old, new in zip(buffers, moved, strict=True)]
+    torch._foreach_copy_(buffers, moved)
+    settings = {"momentum": 0.0, "dampening": 0.0, "nesterov": False, "maximize": False}
+    settings |= {"lr": lr, "weight_decay": weight_decay}
+    sgd(params, directions, [], fused=True, found_inf=found_inf, **settings)
+
+
+def sgd_update(
+    params: list[torch.Tensor],
+    grads: list[torch.Tensor],
+    buffers: list[torch.Tensor],
+    *,
+    lr: float,
+    weight_decay: float,
+    momentum: float,
+    found_inf: torch.Tensor | None,
+) -> None:
+    """Move `params` by SGD with Nesterov momentum and an L2 penalty; arguments as in `muon_update`."""
+    settings = {"momentum": momentum, "dampening": 0.0, "nesterov": True, "maximize": False}
+    settings |= {"lr": lr, "weight_decay": weight_decay}
+    sgd(params, grads, buffers, fused=True, found_inf=found_inf, **settings)
 
 
 def orthogonal(matrix: torch.Tensor) -> torch.Tensor:
