@@ -1,7 +1,7 @@
 """The web page: classify a picture, see where the network looks, browse its mistakes.
 
 python app.py          the weights and the images in the repository
-python app.py RUN      a run, judged on its own test images, with its curves
+python app.py RUN      a run, tested on its own test images, with its curves
 """
 
 import base64
@@ -84,7 +84,7 @@ class Shown(NamedTuple):
 def open_shown(given) -> Shown:
     """Load the network, and let it judge test images.
 
-    A run is judged on its own test set, as in `main.py test`; weights alone on the sample in the
+    A run is tested on its own test set, as in `main.py test`; weights alone on the sample in the
     repository, if they know its classes and no other data is given.
 
     Raises:

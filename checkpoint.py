@@ -17,14 +17,14 @@ from torch import nn
 from config import Config
 from files import lock_folder, reason, unlock_folder, unlocked_on_error, write_whole
 from models import MODELS, make_model
-from utils import Epoch, History, Tally, check_numbers, environment, nearest
+from utils import Epoch, EpochState, History, check_numbers, environment, nearest
 
 DEFAULT_WEIGHTS = "custom_resnet"  # the weights that a command takes if none are named
 SHIPPED = Path(__file__).parent / "weights"
 KEPT = 2  # checkpoints; one alone could be the one that is being replaced
 DIGEST = 32  # bytes of SHA-256 behind a checkpoint: torch.load itself checks nothing
 # Fields of a run that may differ between a run and its continuation: they change no number.
-FREE = ("data", "device")
+MAY_DIFFER = ("data", "device")
 
 
 def save_checkpoint(
@@ -112,22 +112,22 @@ class Checkpoints:
 
     Args:
         folder: of the run, or None to keep nothing.
-        parts: what has a state_dict, by name: model, average, optimizer, scheduler, scaler.
+        parts: what has a state_dict, by name: model, ema_model, optimizer, scheduler, scaler.
         card: of the run; its `config` must be the same when the run is continued.
-        facts: about the training, plain data; the same when the run is continued.
+        train_settings: about the training, plain data; the same when the run is continued.
         mirror: a second folder for copies.
         seconds: between two checkpoints.
-        check: called with the tally before it is saved; raises if the epoch so far is unsound.
+        check: called with the epoch's state before it is saved; raises if a loss was not finite.
 
-    `history` and `tally` say how far the run has come. From `start` to the end of the `with` block, no
-    other process can use the folder.
+    `history` and `epoch_state` say how far the run has come. From `start` to the end of the `with`
+    block, no other process can use the folder.
     """
 
-    def __init__(self, folder, parts: dict, card, facts: dict, mirror, seconds: float, check):
+    def __init__(self, folder, parts: dict, card, train_settings: dict, mirror, seconds: float, check):
         self.run = folder and Path(folder)
         self.folder = folder and Path(folder) / "checkpoints"
         self.parts = {name: part for name, part in parts.items() if part is not None}
-        self.card, self.facts, self.mirror, self.seconds = card, facts, mirror, seconds
+        self.card, self.train_settings, self.mirror, self.seconds = card, train_settings, mirror, seconds
         self.check = check
         self.saved = time.monotonic()
         self.machine: dict[str, str] = {}
@@ -136,7 +136,7 @@ class Checkpoints:
     @property
     def steps(self) -> int:
         """Updates done so far."""
-        return len(self.history.lrs) + self.tally.steps
+        return len(self.history.lrs) + self.epoch_state.steps
 
     def __enter__(self) -> "Checkpoints":
         return self
@@ -152,7 +152,7 @@ class Checkpoints:
             ValueError: the checkpoint is another run's, there is one and it is not to be continued, or
                 another process uses the folder.
         """
-        self.history, self.tally = History(), Tally.of(1, device)
+        self.history, self.epoch_state = History(), EpochState.of(1, device)
         self.machine = {"device": device.type, **environment(device)}
         if self.folder is None:
             return self
@@ -172,22 +172,24 @@ class Checkpoints:
         if state is None:
             if resume:
                 print(f"nothing to resume in {self.folder}: the run begins")
-            self.save()  # of the beginning: to begin again from these weights, whatever comes
+            self.save()  # step 0: a run that fails early can start again from the same initial weights
             return
         try:
             check_same_run(state["card"], self.card)
-            check_same_training(state["facts"], self.facts)
+            check_same_training(state["train_settings"], self.train_settings)
             warn_of_another_machine(state.get("machine", {}), self.machine)
             self.restore(state, device)
         except (KeyError, TypeError, AttributeError) as error:
             raise ValueError(
                 f"the checkpoint in {self.folder} is not of this version ({error})"
             ) from None
-        if self.tally.epoch > self.facts["epochs"]:
-            self.save_epoch()  # all is done, but its folder may be a new one
+        if self.epoch_state.epoch > self.train_settings["epochs"]:
+            # The run is finished. Write history and weights again, as the folder may have been restored
+            # from the mirror, which holds checkpoints only.
+            self.save_epoch()
 
     def restore(self, state: dict, device: torch.device) -> None:
-        """Load a state into the parts, history and tally."""
+        """Load a state into the parts, the history and the epoch's state."""
         if set(state["parts"]) != set(self.parts):
             raise ValueError(
                 f"the checkpoint has {sorted(state['parts'])}, the run {sorted(self.parts)}"
@@ -197,22 +199,22 @@ class Checkpoints:
             part.load_state_dict(state["parts"][name])
         rows = [Epoch(**row) for row in state["history"]["epochs"]]
         self.history.epochs, self.history.lrs = rows, state["history"]["lrs"]
-        self.tally = Tally(**state["tally"])
-        self.tally.totals = self.tally.totals.to(device)
-        print(f"resumed in epoch {self.tally.epoch} after {self.tally.steps} steps of it")
+        self.epoch_state = EpochState(**state["epoch_state"])
+        self.epoch_state.totals = self.epoch_state.totals.to(device)
+        print(f"resumed in epoch {self.epoch_state.epoch} after {self.epoch_state.steps} steps of it")
 
     def save(self) -> None:
         """Write a checkpoint now; a failure is printed, kept in `failure`, and harms nothing."""
         if self.folder is None:
             return
-        self.check(self.tally)
+        self.check(self.epoch_state)
         state = {
             "card": self.card,
-            "facts": self.facts,
+            "train_settings": self.train_settings,
             "machine": self.machine,
             "parts": {name: part.state_dict() for name, part in self.parts.items()},
             "history": asdict(self.history),
-            "tally": {**vars(self.tally), "totals": self.tally.totals.cpu()},
+            "epoch_state": {**vars(self.epoch_state), "totals": self.epoch_state.totals.cpu()},
         }
         self.attempt(save_checkpoint, self.folder, state, self.steps, self.mirror)
         self.saved = time.monotonic()
@@ -225,8 +227,8 @@ class Checkpoints:
     def end_epoch(self, row: Epoch) -> None:
         """Add an epoch's row to the history, and save all that is kept of the run."""
         self.history.epochs.append(row)
-        self.history.lrs += self.tally.lrs
-        self.tally = Tally.of(row.epoch + 1, self.tally.totals.device)
+        self.history.lrs += self.epoch_state.lrs
+        self.epoch_state = EpochState.of(row.epoch + 1, self.epoch_state.totals.device)
         self.save_epoch()
 
     def save_epoch(self) -> None:
@@ -236,7 +238,7 @@ class Checkpoints:
             return
         self.attempt(self.history.save, self.run)
         if self.card is not None:
-            model = self.parts.get("average", self.parts["model"])
+            model = self.parts.get("ema_model", self.parts["model"])
             self.attempt(save_weights, self.run / "weights.safetensors", model, self.card)
         self.save()
 
@@ -254,8 +256,14 @@ def check_same_run(before: dict | None, now: dict | None) -> None:
     """Refuse to continue a run with another configuration or other data."""
     if before is None or now is None:
         return
+    unknown = ", ".join(sorted(before["config"].keys() - asdict(Config()).keys()))
+    if unknown:
+        raise ValueError(
+            f"the run is of another version of this package, which has the settings {unknown}: continue "
+            "it with that version, or start another with another --output (and --mirror)"
+        )
     both_have_workers = before["config"].get("workers") and now["config"]["workers"]
-    free = (*FREE, "workers") if both_have_workers else FREE
+    free = (*MAY_DIFFER, "workers") if both_have_workers else MAY_DIFFER
     config = {name: value for name, value in now["config"].items() if name not in free}
     check_same("run", asdict(Config()) | before["config"], config)  # a field newer than the run: default
     if before["data_sha256"] != now["data_sha256"]:
@@ -275,7 +283,7 @@ def warn_of_another_machine(before: dict[str, str], now: dict[str, str]) -> None
 
 
 def check_same_training(before: dict, now: dict) -> None:
-    """Refuse to continue a training that would go on in another way; what is newer than it is free."""
+    """Refuse to continue a training with other settings; those that a checkpoint lacks are ignored."""
     for name, value in now.items():
         if before.get(name, value) != value:
             raise ValueError(
@@ -302,7 +310,7 @@ def check_same(what: str, before: dict, now: dict) -> None:
 def check_shapes(stored: dict, parts: dict) -> None:
     """Refuse tensors that do not fit the model before any of them is copied."""
     expected = {name: tensor.shape for name, tensor in parts["model"].state_dict().items()}
-    for part in {"model", "average"} & set(stored):
+    for part in {"model", "ema_model"} & set(stored):
         found = {name: tensor.shape for name, tensor in stored[part].items()}
         if expected != found:
             wrong = sorted(n for n in {*expected, *found} if expected.get(n) != found.get(n))
@@ -379,7 +387,7 @@ def load_weights(path: str | Path) -> tuple[nn.Module, dict]:
 
 
 def check_card(card: dict) -> None:
-    """Refuse a card that somebody else wrote and nothing could be judged by.
+    """Refuse the card of a weights file whose entries are not valid: images could not be prepared by it.
 
     Raises:
         ValueError: one of its entries is not what `save_weights` asks for.

@@ -11,7 +11,7 @@ from sources import DATASETS
 from utils import choose, nearest
 
 # Where a run is kept and how often: fields that say nothing about what it is.
-PLACES = ("output", "resume", "mirror", "checkpoint_seconds")
+STORAGE_FIELDS = ("output", "resume", "mirror", "checkpoint_seconds")
 
 
 CHOICES = {
@@ -26,11 +26,11 @@ CHOICES = {
 
 BEST = {
     "optimizer": "muon",
-    "lr": 0.05,  # of the kernels; the rest goes by SGD at 8 times that, the logits times 1/8
+    "lr": 0.05,  # of Muon; norms, biases and the last layer train by SGD at 8 times that
     "weight_decay": 0.025,
-    "head_rate": 1 / 64,
+    "head_lr_scale": 1 / 64,
     "label_smoothing": 0.1,
-    "average": 0.99,
+    "ema_decay": 0.99,
 }
 
 
@@ -40,7 +40,7 @@ RECIPES = {
     "custom_resnet": {},
     # The same network and epochs: 94.37 % (1 seed) in 65 minutes.
     "custom_resnet_best": BEST,
-    # Meant for 94 % in few epochs, judged with mirrored test images: 93.46 % (1 seed), so not there yet.
+    # Meant for 94 % in few epochs, with mirrored test images: 93.46 % (1 seed), so not there yet.
     "speedrun": {**BEST, "epochs": 10, "tta": True},
     # 20 epochs: ResNet18 94.69 % (1 seed) in 95 minutes; ResNet34 is not measured yet.
     "resnet18": {**BEST, "model": "resnet18", "epochs": 20, "cutout": 16},
@@ -81,23 +81,23 @@ class Config:
     batch_size: int = setting(512, "images per step")
     optimizer: str = setting("adam", "update rule, sgd and muon with momentum 0.9")
     weight_decay: float = setting(0.0, "L2 penalty, not on norms and biases; decoupled with adamw, muon")
-    head_rate: float = setting(1.0, "rate of the last linear layer, as a share of the others'")
+    head_lr_scale: float = setting(1.0, "learning rate of the last linear layer / the others'")
     scheduler: str = setting("onecycle", "learning-rate schedule")
     lr: float | None = setting(None, "peak learning rate; none: found by the range test")
     lr_rule: str = setting("minimum", "range test's suggestion")
     peak_epoch: float = setting(5.0, "epoch at whose end the rate peaks; at 0.3 of a shorter run")
     label_smoothing: float = setting(0.0, "share of each target spread over all classes")
-    average: float = setting(0.0, "what a running average of weights keeps per step; 0: no average")
+    ema_decay: float = setting(0.0, "decay of a moving average of the weights (EMA); 0: none")
     padding: int = setting(
         4, "reflected border before the random crop, pixels; 0: no crop", group="augmentation"
     )
     flip: bool | None = setting(None, "mirror half of the images; svhn's digits only with --flip")
     cutout: int = setting(8, "side of the erased square, pixels; 0: none")
     grayscale: float = setting(0.0, "probability of turning an image grey")
-    tta: bool = setting(False, "judge by the mean logits of each image and its mirror image")
+    tta: bool = setting(False, "evaluate by the mean logits of each image and its mirror image")
     workers: int = setting(
         0,
-        "processes to augment in image by image; 0: whole batches, other draws",
+        "data-loading processes; 0: whole batches, with other random numbers",
         group="where and how it runs",
     )
     precision: str = setting("auto", "number format of the forward pass")
@@ -150,17 +150,17 @@ class Config:
     @property
     def optimizer_options(self) -> dict:
         """The keyword arguments of `make_optimizer`."""
-        return {"weight_decay": self.weight_decay, "head_rate": self.head_rate}
+        return {"weight_decay": self.weight_decay, "head_lr_scale": self.head_lr_scale}
 
     @property
     def identity(self) -> dict:
         """What the run is, apart from where it is kept."""
-        return {name: value for name, value in asdict(self).items() if name not in PLACES}
+        return {name: value for name, value in asdict(self).items() if name not in STORAGE_FIELDS}
 
     @property
     def fit_options(self) -> dict:
         """The keyword arguments of `fit_model` that are plain fields."""
-        names = ("precision", "label_smoothing", "average", "seed", "compile", "tta")
+        names = ("precision", "label_smoothing", "ema_decay", "seed", "compile", "tta")
         names += ("max_train_batches", "max_test_batches")
         names += ("resume", "mirror", "checkpoint_seconds")
         return {name: getattr(self, name) for name in names}
@@ -175,10 +175,10 @@ _RANGES = (
     ("epochs", 1, math.inf),
     ("batch_size", 2, math.inf),  # one image alone has no batch statistics
     ("weight_decay", 0, math.inf),
-    ("head_rate", 1e-6, 1e6),
+    ("head_lr_scale", 1e-6, 1e6),
     ("peak_epoch", 0, math.inf),
     ("label_smoothing", 0, 0.99),
-    ("average", 0, 0.9999),
+    ("ema_decay", 0, 0.9999),
     ("padding", 0, math.inf),
     ("cutout", 0, math.inf),
     ("grayscale", 0, 1),
@@ -252,7 +252,7 @@ def command_of(config: Config) -> str:
     usual = asdict(Config(dataset=config.dataset)) | {"dataset": Config.dataset}
     for item in fields(Config):
         value = getattr(config, item.name)
-        if value == usual[item.name] or item.name in PLACES:
+        if value == usual[item.name] or item.name in STORAGE_FIELDS:
             continue
         name = item.name.replace("_", "-")
         if isinstance(value, bool):

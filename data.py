@@ -86,9 +86,9 @@ class Batches(Dataset):
         self.device = torch.device("cpu" if torch.device(device).type == "mps" else device)
         self.split, self.program = split, program
         self.batch_size, self.seed, self.shuffle = batch_size, seed, shuffle
-        self.store = program.prepare(split.images, self.device)
+        self.padded_images = program.prepare(split.images, self.device)
         self.labels = torch.from_numpy(split.labels).to(self.device)
-        self.plan = None  # epoch, order and draws of the epoch last asked for
+        self.epoch_cache = None  # epoch, order and draws of the epoch last asked for
 
     def describe(self) -> str:
         """The augmentation in words, the same in every process."""
@@ -96,20 +96,20 @@ class Batches(Dataset):
 
     def __getitem__(self, key: tuple[int, int]) -> tuple[Tensor, Tensor]:
         epoch, batch = key
-        if self.plan is None or self.plan[0] != epoch:
-            self.plan = (epoch, *self.plan_epoch(epoch))
-        _, order, draws = self.plan
+        if self.epoch_cache is None or self.epoch_cache[0] != epoch:
+            self.epoch_cache = (epoch, *self.make_epoch_cache(epoch))
+        _, order, augment_params = self.epoch_cache
         positions = slice(batch * self.batch_size, (batch + 1) * self.batch_size)
         index = order[positions]
-        return self.program(self.store, index, draws.at(positions)), self.labels[index]
+        return self.program(self.padded_images, index, augment_params.at(positions)), self.labels[index]
 
-    def plan_epoch(self, epoch: int):
+    def make_epoch_cache(self, epoch: int):
         """Order and draws of a whole epoch; made on the CPU, so the same on every device."""
         count = len(self.split)
         order = epoch_order(count, self.seed, epoch) if self.shuffle else np.arange(count)
         rng = np.random.default_rng([self.seed, AUGMENTATION, epoch])
-        draws = self.program.draw(rng, count, self.store)
-        return torch.from_numpy(order).to(self.device), draws.to(self.device)
+        augment_params = self.program.draw(rng, count, self.padded_images)
+        return torch.from_numpy(order).to(self.device), augment_params.to(self.device)
 
 
 class Samples(Dataset):

@@ -35,7 +35,7 @@ class LitModel(LightningModule):
 
     def __init__(self, config: Config, num_classes: int = 10):
         super().__init__()
-        for name in ("average", "tta", "compile"):
+        for name in ("ema_decay", "tta", "compile"):
             if getattr(config, name):
                 raise ValueError(
                     f"{name} is fit_model's, and must be off here, not {getattr(config, name)}"

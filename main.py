@@ -22,7 +22,7 @@ from data import make_loaders
 from files import reason
 from models import MODELS
 from run import (
-    carry_out,
+    execute,
     make_card,
     make_scheduler,
     open_run,
@@ -82,7 +82,7 @@ def train_command(argv: list[str]) -> None:
     config = parse_config(argv, usage=usage)
     with bad_input_refused():
         ready = prepare(config)
-    carry_out(config, *ready)
+    execute(config, *ready)
 
 
 def find_lr_command(argv: list[str]) -> None:
@@ -151,7 +151,7 @@ def report_command(argv: list[str]) -> None:
         config = run_config(card, given)
         loaders = make_loaders(config, device)
         now = make_card(config, loaders)
-        for name, did in {"data_sha256": "trained on", "test_sha256": "judged on"}.items():
+        for name, did in {"data_sha256": "trained on", "test_sha256": "tested on"}.items():
             if card.get(name, now[name]) != now[name]:
                 raise ValueError(f"{config.data} holds other images than the run was {did}")
     report_run(config, device, loaders, model, folder)

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 from torch import nn
 
-from config import PLACES, Config, command_of
+from config import STORAGE_FIELDS, Config, command_of
 from files import write_whole
 from training.lr_finder import LRFinderResult, read_finder
 from transforms import denormalize
@@ -39,7 +39,7 @@ def comparison(runs: dict[str, tuple[Config, History, str]]) -> list[list[str]]:
     rows += [["parameters", *parameters], ["epochs", *done]]
     for name in [item.name for item in fields(Config) if item.name not in ("model", "epochs", "data")]:
         values = [getattr(config, name) for config in configs]
-        if name not in PLACES and len(set(values)) > 1:
+        if name not in STORAGE_FIELDS and len(set(values)) > 1:
             rows.append([name, *("none" if value is None else str(value) for value in values)])
     rows.append(["peak rate", *(f"{max(history.lrs):.3g}" for history in histories)])
     for part in ("train", "val", "test"):
@@ -177,7 +177,7 @@ def headline(config: dict, history: History, predictions: Predictions, classes) 
     return paragraphs(
         f"# {config['model']} on {config['dataset']}: {predictions.accuracy:.2%}",
         *warnings_of(config, history, predictions, classes),
-        " ".join(how_judged(config)),
+        " ".join(how_evaluated(config)),
         table(["", "this run"], facts),
     )
 
@@ -191,8 +191,8 @@ def warnings_of(config: dict, history: History, predictions: Predictions, classe
         found.append(f"the network is dead: it answers {classes[answers[0]]} for every test image")
     peak = int(np.argmax([row.lr for row in history.epochs]))
     after = history.epochs[peak + 1 :] or [last]
-    judged = [(row.epoch, list(row.stats().values())[1].loss) for row in after]
-    epochs = [str(epoch) for epoch, loss in judged if loss >= chance]
+    evaluated = [(row.epoch, list(row.stats().values())[1].loss) for row in after]
+    epochs = [str(epoch) for epoch, loss in evaluated if loss >= chance]
     if epochs:
         found.append(f"no better than guessing (loss {chance:.3f}) after epoch {', '.join(epochs)}")
     if found:
@@ -202,13 +202,13 @@ def warnings_of(config: dict, history: History, predictions: Predictions, classe
     return [f"> **Warning:** {'; '.join(found)}."] if found else []
 
 
-def how_judged(config: dict) -> list[str]:
+def how_evaluated(config: dict) -> list[str]:
     """Sentences on what the accuracy is of."""
     said = ["Accuracy is that of the last epoch; nothing was chosen by looking at the test set."]
-    if config["average"]:
+    if config["ema_decay"]:
         said.append(
             "The weights are a running average over the run, "
-            f"which keeps {config['average']:g} of itself at each step."
+            f"which keeps {config['ema_decay']:g} of itself at each step."
         )
     if config["tta"]:
         said.append("The logits of each image and of its mirror image are averaged, after every epoch.")
@@ -229,8 +229,8 @@ def data_section(loaders, config: dict) -> str:
         f"{' + '.join(sizes)} images of {len(split.classes)} classes, "
         f"{split.images.shape[2]} x {split.images.shape[1]} px. Normalised with mean {mean} "
         f"and standard deviation {std}.",
-        f"Each training image looks different in every epoch: {augmentation(config)}. Validation and "
-        "test images are only normalised. As it ran:",
+        f"Augmentation of training images, drawn anew in every epoch: {augmentation(config)}. "
+        "Validation and test images are only normalised. As it ran:",
         f"```\n{textwrap.fill(loaders.train.dataset.describe(), 100)}\n```",
         figure("samples", "The first training batch as the network sees it, normalisation undone"),
     )
@@ -244,7 +244,10 @@ def augmentation(config: dict) -> str:
         f"grey with a probability of {config['grayscale']:g}": config["grayscale"],
         f"with a square of {config['cutout']} px blanked": config["cutout"],
     }
-    return ", ".join(words for words, present in changes.items() if present) or "in its order alone"
+    return (
+        ", ".join(words for words, present in changes.items() if present)
+        or "none; their order alone changes"
+    )
 
 
 def model_section(config: dict, model: nn.Module, summary: str) -> str:
@@ -321,8 +324,8 @@ def method(config: dict, history: History) -> str:
 def gap(history: History) -> str:
     """What the last training and test accuracy say about each other."""
     row = history.epochs[-1]
-    name, judged = list(row.stats().items())[1]
-    points = 100 * (row.train_accuracy - judged.accuracy)
+    name, evaluated = list(row.stats().items())[1]
+    points = 100 * (row.train_accuracy - evaluated.accuracy)
     name = "validation" if name == "val" else name
     numbers = f"Training accuracy ended {abs(points):.1f} points"
     if points <= 0:

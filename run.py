@@ -52,7 +52,7 @@ def run(config: Config) -> Path:
         ValueError, OSError: the run cannot start; one line that says why.
         FloatingPointError: the loss became not finite; what the folder holds is from before.
     """
-    return carry_out(config, *prepare(config))
+    return execute(config, *prepare(config))
 
 
 def prepare(config: Config) -> tuple[torch.device, Loaders, nn.Module, torch.optim.Optimizer, Path]:
@@ -115,7 +115,7 @@ def claim_folder(config: Config) -> Path:
             return folder
 
 
-def carry_out(config: Config, device, loaders: Loaders, model, optimizer, folder: Path) -> Path:
+def execute(config: Config, device, loaders: Loaders, model, optimizer, folder: Path) -> Path:
     """Find the rate, train, and report, in a run folder that is open."""
     found = None
     if config.lr is None:
@@ -180,7 +180,7 @@ def schedule(config: Config, optimizer, found: LRFinderResult | None, epochs: in
     high = config.lr or found.suggestions[config.lr_rule]
     if config.scheduler == "none":
         for group in optimizer.param_groups:
-            group["lr"] = high * group.get("share", 1.0)
+            group["lr"] = high * group.get("lr_scale", 1.0)
         return None
     low = None if config.lr else min(found.suggestions["start"], high / 10)
     peak = config.peak_epoch
@@ -220,8 +220,8 @@ def test_images(
     """The test images of a dataset, and a loader of them as saved weights expect them.
 
     Args:
-        own: they must be those that the run was judged on. A folder without parts is divided anew when
-            a file comes or goes, and then tests on images that the run was trained on.
+        own: require the test images of the run, by their hash. A folder without train and test folders
+            is divided anew when a file comes or goes: the run may have trained on its test images.
 
     Raises:
         ValueError: the weights know other classes, or the images are not the run's own.
@@ -232,7 +232,7 @@ def test_images(
     if own and card.get("test_sha256", split.digest()) != split.digest():
         raise ValueError(
             f"the test images in {config.data} are not those of the run, which may have been trained "
-            "on some of them; --data names images to judge on"
+            "on some of them; --data names images to test on"
         )
     return split, make_loader(split, test_transform(card["mean"], card["std"]), device, config)
 
@@ -270,7 +270,7 @@ def read_runs(folders: list[str]) -> dict[str, tuple[Config, History, str]]:
     """Configuration, history and number of parameters of run folders.
 
     Returns:
-        They, by the folder's name, or by its path where two have the same name.
+        A dict from each run's folder name, or its path where two have the same name, to the three.
 
     Raises:
         ValueError: fewer than two folders, or one that is no run folder or has no epoch yet.

@@ -94,9 +94,11 @@ def normalize(
 ) -> Tensor:
     """`test_transform` of many images at once: uint8 (N, H, W, 3) -> float (N, 3, H, W)."""
     program = BatchProgram(tuple(mean), tuple(std))
-    store = program.prepare(images)
+    padded_images = program.prepare(images)
     count = len(images)
-    return program(store, torch.arange(count), program.draw(np.random.default_rng(0), count, store))
+    return program(
+        padded_images, torch.arange(count), program.draw(np.random.default_rng(0), count, padded_images)
+    )
 
 
 def denormalize(
@@ -108,7 +110,7 @@ def denormalize(
     return pixels.byte().numpy()
 
 
-class Draws(NamedTuple):
+class AugmentParams(NamedTuple):
     """One random decision of each kind per image, each (N,): int64 offsets in pixels, bool yes or no."""
 
     top: Tensor  # of the crop, in the padded image
@@ -119,13 +121,13 @@ class Draws(NamedTuple):
     hole_top: Tensor  # in the cropped image
     hole_left: Tensor
 
-    def at(self, positions: slice) -> "Draws":
+    def at(self, positions: slice) -> "AugmentParams":
         """The decisions for some of the positions."""
-        return Draws(*(draw[positions] for draw in self))
+        return AugmentParams(*(draw[positions] for draw in self))
 
-    def to(self, device: torch.device) -> "Draws":
+    def to(self, device: torch.device) -> "AugmentParams":
         """The decisions on another device."""
-        return Draws(*(draw.to(device) for draw in self))
+        return AugmentParams(*(draw.to(device) for draw in self))
 
 
 class BatchProgram(NamedTuple):
@@ -165,11 +167,11 @@ class BatchProgram(NamedTuple):
             pixels = torch.cat([pixels, fill.expand(count, 1, channels)], dim=1)
         return pixels[:, torch.from_numpy(source).to(device)]
 
-    def draw(self, rng: np.random.Generator, count: int, store: Tensor) -> Draws:
+    def draw(self, rng: np.random.Generator, count: int, padded_images: Tensor) -> AugmentParams:
         """Decide for `count` images at once; the same generator gives the same decisions."""
-        height, width = store.shape[2:4]
+        height, width = padded_images.shape[2:4]
         crop_height, crop_width = self.crop or (height, width)
-        draws = (
+        augment_params = (
             rng.integers(0, height - crop_height, count, endpoint=True),
             rng.integers(0, width - crop_width, count, endpoint=True),
             rng.random(count) < self.flip,
@@ -178,10 +180,10 @@ class BatchProgram(NamedTuple):
             rng.integers(0, crop_height - self.hole_size[0], count, endpoint=True),
             rng.integers(0, crop_width - self.hole_size[1], count, endpoint=True),
         )
-        return Draws(*(torch.from_numpy(draw) for draw in draws))
+        return AugmentParams(*(torch.from_numpy(draw) for draw in augment_params))
 
-    def __call__(self, store: Tensor, index: Tensor, draws: Draws) -> Tensor:
-        """Augment and normalise the images of `store` at `index`.
+    def __call__(self, padded_images: Tensor, index: Tensor, augment_params: AugmentParams) -> Tensor:
+        """Augment and normalise the images of `padded_images` at `index`.
 
         Args:
             store: from `prepare`, on any device.
@@ -191,32 +193,36 @@ class BatchProgram(NamedTuple):
         Returns:
             float (n, C, h, w) in channels-last memory.
         """
-        height, width = self.crop or store.shape[2:4]
+        height, width = self.crop or padded_images.shape[2:4]
         # The crop comes before the flip: seen from the mirror image, its offset counts from the right.
-        left = torch.where(draws.flip, store.shape[3] - width - draws.left, draws.left)
-        view = index * store.shape[1] + draws.flip
-        where = position(store, view, draws.top, left)
-        images = windows(store, height, width).index_select(0, where)
+        left = torch.where(
+            augment_params.flip,
+            padded_images.shape[3] - width - augment_params.left,
+            augment_params.left,
+        )
+        view = index * padded_images.shape[1] + augment_params.flip
+        where = position(padded_images, view, augment_params.top, left)
+        images = windows(padded_images, height, width).index_select(0, where)
         images = images.view(len(index), height, width, -1)
         if self.gray:
-            images = torch.where(draws.gray.view(-1, 1, 1, 1), to_gray(images), images)
+            images = torch.where(augment_params.gray.view(-1, 1, 1, 1), to_gray(images), images)
         if self.hole:
-            self._cut(images, draws)
+            self._cut(images, augment_params)
         # A row of pixels at a time: three channels alone would leave the processor's lanes empty.
         mean, std = (constant(row * width, images.device) * 255 for row in (self.mean, self.std))
         values = images.float()
         values.view(-1, len(mean)).sub_(mean).mul_(1 / std)
         return values.permute(0, 3, 1, 2)
 
-    def _cut(self, images: Tensor, draws: Draws) -> None:
+    def _cut(self, images: Tensor, augment_params: AugmentParams) -> None:
         """Fill each image's hole, in place."""
         every = torch.arange(len(images), device=images.device)
-        where = position(images, every, draws.hole_top, draws.hole_left)
+        where = position(images, every, augment_params.hole_top, augment_params.hole_left)
         holes = windows(images, *self.hole_size)
         fill = constant(self.hole_fill, images.device).to(images.dtype)
         fill = fill.expand(images.shape[-1]).repeat(self.hole_size[1])
         if self.hole < 1:
-            fill = torch.where(draws.hole.view(-1, 1, 1), fill, holes[where])
+            fill = torch.where(augment_params.hole.view(-1, 1, 1), fill, holes[where])
         holes[where] = fill
 
 
@@ -238,7 +244,7 @@ def position(images: Tensor, image: Tensor, top: Tensor, left: Tensor) -> Tensor
 
 
 def padded(side: int, least: int, border: str) -> np.ndarray:
-    """Which pixel each place of a padded row shows, -1 for the fill; the odd place is at the end."""
+    """The source index of each pixel of a padded row, -1 for fill; an extra pixel comes last."""
     missing = max(0, least - side)
     fill = {} if border == "reflect" else {"constant_values": -1}
     return np.pad(np.arange(side), (missing // 2, missing - missing // 2), mode=border, **fill)

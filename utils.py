@@ -84,19 +84,19 @@ class Epoch:
 
 
 @dataclass
-class Tally:
+class EpochState:
     """An epoch under way: what a resumed run needs to go on in the middle of it."""
 
     epoch: int
-    totals: torch.Tensor  # (3,): loss and hits, summed over images, and sound steps; on the device
+    totals: torch.Tensor  # (3,): summed loss and hits of images, number of finite steps; on the device
     steps: int = 0
     images: int = 0
     seconds: float = 0.0  # of training
     lrs: list[float] = field(default_factory=list)
 
     @classmethod
-    def of(cls, epoch: int, device) -> "Tally":
-        """That of an epoch about to begin."""
+    def of(cls, epoch: int, device) -> "EpochState":
+        """The state of an epoch that is about to begin."""
         return cls(epoch, torch.zeros(3, device=device))
 
     def stats(self) -> Stats:
@@ -249,7 +249,8 @@ def seed_everything(seed: int, deterministic: bool = False) -> None:
 
     Args:
         deterministic: have cuDNN use only algorithms that give the same bits each time. The networks
-            here should need no more: no two windows of their pooling overlap, whose sums would race.
+            here should need no more: as their pooling windows do not overlap, no gradient is summed in
+            an order that changes.
     """
     random.seed(seed)
     np.random.seed(seed)

@@ -154,11 +154,11 @@ def draw_curves(axes, name: str, history: History, color: str, mark: str) -> Non
     epochs = [row.epoch for row in history.epochs]
     for axis, metric in zip(axes, ("loss", "accuracy"), strict=True):
         trained = [getattr(row, f"train_{metric}") for row in history.epochs]
-        judged = [getattr(row, f"{part}_{metric}") for row in history.epochs]
+        evaluated = [getattr(row, f"{part}_{metric}") for row in history.epochs]
         axis.plot(epochs, trained, "--", color=color, linewidth=1, alpha=0.6)
         style = {"color": color, "marker": mark, "markersize": 5, "linewidth": 2}
-        label = f"{literal(name)}: {part} {judged[-1]:.2%}, training {trained[-1]:.2%}"
-        axis.plot(epochs, judged, "-", label=label, **style)
+        label = f"{literal(name)}: {part} {evaluated[-1]:.2%}, training {trained[-1]:.2%}"
+        axis.plot(epochs, evaluated, "-", label=label, **style)
 
 
 def plot_lr_finder(result: LRFinderResult, rule: str | None = None) -> Figure:

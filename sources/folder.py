@@ -36,7 +36,7 @@ def load_folder(split: str, root: Path, image_size: int) -> Split:
         raise ValueError(f"{root} has {', '.join(sorted(names))}; it needs folders train and test")
     else:
         classes, files = list_images(root, tell)
-        # Whatever the run's seed: runs with different seeds are judged on the same images.
+        # The same split for every seed, so that runs with different seeds are tested on the same images.
         sides = stratified_split(np.array([label for _, label in files]), 0.2, seed=0)
         train, test = ([files[i] for i in side] for side in sides)
     wanted, others = (train, test) if split == "train" else (test, train)
@@ -131,7 +131,7 @@ def read_image(path: str | Path, size: int) -> np.ndarray:
 def quiet_open(path: str | Path):
     """An image file, without Pillow's warnings of size, palette and damaged metadata.
 
-    `read_image` has a limit of its own, and the pixels are whole: what they lack would raise.
+    They are safe to hide: `read_image` has a limit of its own, and a truncated file still raises.
     """
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")

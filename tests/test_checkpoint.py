@@ -122,7 +122,7 @@ def test_stopped_at_any_step_and_resumed_with_other_workers_ends_with_the_same_b
     workers = stop_at % 3
     assert run(sample, tmp_path, stop_at, workers) is None
     state = load_checkpoint(tmp_path / "checkpoints")
-    assert len(state["history"]["lrs"]) + state["tally"]["steps"] == stop_at
+    assert len(state["history"]["lrs"]) + state["epoch_state"]["steps"] == stop_at
     assert run(sample, tmp_path, workers=(workers + 1) % 3, resume=True) == uninterrupted
 
 
@@ -143,7 +143,7 @@ def test_any_kind_of_run_resumed_ends_with_the_same_bits(sample, tmp_path, optio
     expected = run(sample, **options)
     assert run(sample, tmp_path, stop_at=2, **options) is None
     state = load_checkpoint(tmp_path / "checkpoints")
-    assert state["tally"]["steps"] == 2 and ("scaler" in state["parts"])
+    assert state["epoch_state"]["steps"] == 2 and ("scaler" in state["parts"])
     assert run(sample, tmp_path, resume=True, **options) == expected
 
 
@@ -183,17 +183,17 @@ def test_the_comparison_sees_a_lost_momentum(sample, uninterrupted, tmp_path, mo
 
 @pytest.mark.parametrize("stop_at", [2, 3, 6])
 def test_a_stopped_run_goes_on_with_the_average_that_it_had(sample, tmp_path, stop_at):
-    whole = run(sample, tmp_path / "whole", average=0.9)
-    run(sample, tmp_path / "run", stop_at, average=0.9)
-    assert run(sample, tmp_path / "run", resume=True, average=0.9) == whole
-    with pytest.raises(ValueError, match="the training has average 0.9, not 0.5"):
-        run(sample, tmp_path / "run", resume=True, average=0.5)
+    whole = run(sample, tmp_path / "whole", ema_decay=0.9)
+    run(sample, tmp_path / "run", stop_at, ema_decay=0.9)
+    assert run(sample, tmp_path / "run", resume=True, ema_decay=0.9) == whole
+    with pytest.raises(ValueError, match="the training has ema decay 0.9, not 0.5"):
+        run(sample, tmp_path / "run", resume=True, ema_decay=0.5)
 
 
 def test_a_refused_start_leaves_the_folder_to_others(sample, tmp_path):
     run(sample, tmp_path, stop_at=2)
-    for options in ({}, {"resume": True, "average": 0.5}):
-        with pytest.raises(ValueError, match=r"holds a run|the training has average"):
+    for options in ({}, {"resume": True, "ema_decay": 0.5}):
+        with pytest.raises(ValueError, match=r"holds a run|the training has ema decay"):
             run(sample, tmp_path, **options)
         assert files.LOCKS == {}
 
@@ -228,7 +228,7 @@ def test_a_run_that_failed_begins_again_from_its_first_weights(
     with pytest.raises(FloatingPointError):
         run(sample, tmp_path)
     monkeypatch.setattr(loops, "train_step", step)
-    assert load_checkpoint(tmp_path / "checkpoints")["tally"]["steps"] == 0
+    assert load_checkpoint(tmp_path / "checkpoints")["epoch_state"]["steps"] == 0
     assert run(sample, tmp_path, resume=True) == uninterrupted
 
 
@@ -718,7 +718,7 @@ def test_a_run_killed_in_mid_epoch_and_resumed_ends_with_the_same_files(finished
     os.killpg(process.pid, signal.SIGKILL)
     process.communicate()
     state = load_checkpoint(tmp_path / "r/checkpoints")
-    assert process.returncode == -signal.SIGKILL and 0 < state["tally"]["steps"] < 16
+    assert process.returncode == -signal.SIGKILL and 0 < state["epoch_state"]["steps"] < 16
     again = start(tmp_path / "r", "--resume")
     printed = again.communicate(timeout=120)[0]
     assert again.returncode == 0 and "resumed in epoch" in printed
@@ -749,7 +749,7 @@ def test_a_signal_saves_and_exits_with_128_and_its_number(number, tmp_path):
     out, err = process.communicate(timeout=60)
     assert process.returncode == 128 + number
     assert err == f"main.py: stopped by {number.name}; --resume continues the run\n"
-    assert load_checkpoint(tmp_path / "r/checkpoints")["tally"]["epoch"] in (1, 2, 3)
+    assert load_checkpoint(tmp_path / "r/checkpoints")["epoch_state"]["epoch"] in (1, 2, 3)
 
 
 def test_a_folder_that_another_process_uses_is_refused_until_that_one_is_killed(
@@ -800,7 +800,7 @@ def test_a_signal_to_all_processes_of_a_run_with_workers_saves_too(number, tmp_p
     out, err = process.communicate(timeout=60)
     assert process.returncode == 128 + number
     assert err == f"main.py: stopped by {number.name}; --resume continues the run\n"
-    assert load_checkpoint(tmp_path / "r/checkpoints")["tally"]["epoch"] in (1, 2, 3)
+    assert load_checkpoint(tmp_path / "r/checkpoints")["epoch_state"]["epoch"] in (1, 2, 3)
     with pytest.raises(ProcessLookupError):  # nobody is left
         os.killpg(process.pid, 0)
 
@@ -826,7 +826,7 @@ def test_workers_that_a_signal_ended_do_not_tear_an_update(sample, tmp_path, mon
     monkeypatch.setattr(loops, "train_step", end)
     with pytest.raises(guards.Stopped):
         run(sample, tmp_path, workers=2)
-    assert len(ended) >= 2 and load_checkpoint(tmp_path / "checkpoints")["tally"]["steps"] == 1
+    assert len(ended) >= 2 and load_checkpoint(tmp_path / "checkpoints")["epoch_state"]["steps"] == 1
 
 
 # Numbers that are wrong
@@ -906,7 +906,7 @@ def test_a_bad_number_is_noticed_before_a_checkpoint_is_written(sample, tmp_path
         main.fit_model(
             model, CPU, *loaders_of(sample, 0), optimizer, folder=tmp_path, checkpoint_seconds=0
         )
-    assert load_checkpoint(tmp_path / "checkpoints")["tally"]["steps"] == 1
+    assert load_checkpoint(tmp_path / "checkpoints")["epoch_state"]["steps"] == 1
 
 
 @pytest.mark.parametrize("name", ["sgd", "muon"])
@@ -940,13 +940,13 @@ def test_a_network_that_answers_one_class_is_warned_about(sample, capsys):
 
 
 def test_a_loss_no_better_than_guessing_is_warned_about_once_the_warm_up_is_over(capsys):
-    tally = utils.Tally(3, torch.zeros(3), lrs=[0.1, 0.2])
-    guards.warn_if_dead(tally, "test", utils.Stats(2.5, 0.1), torch.eye(10), last=False)
+    epoch_state = utils.EpochState(3, torch.zeros(3), lrs=[0.1, 0.2])
+    guards.warn_if_dead(epoch_state, "test", utils.Stats(2.5, 0.1), torch.eye(10), last=False)
     assert capsys.readouterr().out == ""
-    tally.lrs = [0.2, 0.1]
-    guards.warn_if_dead(tally, "test", utils.Stats(2.2, 0.1), torch.eye(10), last=True)
+    epoch_state.lrs = [0.2, 0.1]
+    guards.warn_if_dead(epoch_state, "test", utils.Stats(2.2, 0.1), torch.eye(10), last=True)
     assert capsys.readouterr().out == ""
-    guards.warn_if_dead(tally, "test", utils.Stats(2.5, 0.1), torch.eye(10), last=False)
+    guards.warn_if_dead(epoch_state, "test", utils.Stats(2.5, 0.1), torch.eye(10), last=False)
     assert (
         "after epoch 3 the test loss is 2.500, no better than guessing (2.303)"
         in capsys.readouterr().out

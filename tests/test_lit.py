@@ -26,7 +26,7 @@ CONFIG = Config(
     lr=0.01,
     peak_epoch=1,
     label_smoothing=0.1,
-    head_rate=0.5,
+    head_lr_scale=0.5,
     max_train_batches=5,
     max_test_batches=3,
     precision="fp32",
@@ -150,8 +150,8 @@ def test_a_checkpoint_of_lightning_is_read_safely_and_continues_to_the_same_bits
 
 
 def test_what_does_not_fit_is_refused(tmp_path):
-    with pytest.raises(ValueError, match="average is fit_model's, and must be off here, not 0.9"):
-        LitModel(Config(average=0.9))
+    with pytest.raises(ValueError, match="ema_decay is fit_model's, and must be off here, not 0.9"):
+        LitModel(Config(ema_decay=0.9))
     with pytest.raises(ValueError, match="tta is fit_model's, and must be off here, not True"):
         LitModel(Config(tta=True))
     trainer, _ = make_trainer(CONFIG, tmp_path)

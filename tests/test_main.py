@@ -103,7 +103,7 @@ def test_an_average_of_the_weights_is_judged_kept_and_left_in_the_model(loaders,
     optimizer.register_step_post_hook(lambda *_: seen.append(weights(model)))
     card = {"model": "custom_resnet", "options": {"width": 4}, "classes": list(cifar10.CLASSES)}
     card |= {"mean": [0.5] * 3, "std": [0.2] * 3, "image_size": 32, "config": {}, "data_sha256": ""}
-    options = {"epochs": 1, "precision": "fp32", "average": 0.75, "folder": tmp_path, "card": card}
+    options = {"epochs": 1, "precision": "fp32", "ema_decay": 0.75, "folder": tmp_path, "card": card}
     history = main.fit_model(model, CPU, *loaders, optimizer, **options)
     expected = seen[0]
     for count, later in enumerate(seen[1:]):  # first the mean of all, so that no first weights stay
@@ -314,9 +314,9 @@ def test_tta_averages_the_logits_of_an_image_and_its_mirror_image(loaders):
 
 def test_a_run_judged_with_mirror_images_is_so_after_every_epoch(loaders):
     model, history = fit(loaders, epochs=1, tta=True)
-    judged = main.test(model, CPU, loaders[1], precision="fp32", tta=True)
-    assert history.epochs[0].stats()["test"] == judged
-    assert judged.loss != main.test(model, CPU, loaders[1], precision="fp32").loss
+    evaluated = main.test(model, CPU, loaders[1], precision="fp32", tta=True)
+    assert history.epochs[0].stats()["test"] == evaluated
+    assert evaluated.loss != main.test(model, CPU, loaders[1], precision="fp32").loss
 
 
 def test_the_weights_in_the_repository_are_as_good_as_their_card_says(capsys):
@@ -427,13 +427,13 @@ def test_orthogonal_turns_every_singular_value_into_about_one(shape, size, preci
 
 @pytest.mark.parametrize(("name", "decay"), [("adam", 0.1), ("adamw", 0.4), ("sgd", 0.4)])
 def test_a_slower_last_layer_decays_as_the_others_do(tiny, name, decay):
-    optimizer = main.make_optimizer(name, tiny, weight_decay=0.1, head_rate=0.25)
+    optimizer = main.make_optimizer(name, tiny, weight_decay=0.1, head_lr_scale=0.25)
     assert [group["weight_decay"] for group in optimizer.param_groups] == [0.1, 0, decay, 0]
 
 
 def test_muon_turns_convolutions_as_pytorchs_own_turns_matrices_and_leaves_the_rest_to_sgd(tiny):
     torch.manual_seed(0)
-    optimizer = main.make_optimizer("muon", tiny, lr=0.05, weight_decay=0.1, head_rate=0.25)
+    optimizer = main.make_optimizer("muon", tiny, lr=0.05, weight_decay=0.1, head_lr_scale=0.25)
     convolutions, norms, head, bias = optimizer.param_groups
     assert all(p.dim() == 4 for p in convolutions["params"]) and len(convolutions["params"]) == 8
     assert [g["lr"] for g in (norms, head, bias)] == pytest.approx([0.4, 0.1, 0.1])
@@ -811,7 +811,7 @@ def test_a_run_is_not_reported_on_other_test_images(mine, trained_on_mine, tmp_p
     assert digests(other)[1] != before[1]
     with pytest.raises(SystemExit):
         main.main(["report", str(trained_on_mine), "--data", str(other)])
-    assert "holds other images than the run was judged on" in capsys.readouterr().err
+    assert "holds other images than the run was tested on" in capsys.readouterr().err
 
 
 def test_a_run_is_not_tested_on_what_a_changed_folder_lends_it_of_its_training(

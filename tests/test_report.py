@@ -13,7 +13,7 @@ from report import (
     classes_section,
     confusions,
     escape,
-    how_judged,
+    how_evaluated,
     method,
     mistakes_section,
     warnings_of,
@@ -153,8 +153,8 @@ def test_one_epoch_is_not_called_epochs(count, said):
 
 def test_averages_of_weights_and_of_mirror_images_are_owned_up_to():
     plain = Config()
-    assert len(how_judged(asdict(plain))) == 1
-    said = " ".join(how_judged(asdict(replace(plain, tta=True, average=0.99))))
+    assert len(how_evaluated(asdict(plain))) == 1
+    said = " ".join(how_evaluated(asdict(replace(plain, tta=True, ema_decay=0.99))))
     assert "running average over the run, which keeps 0.99 of itself" in said
     assert "The logits of each image and of its mirror image are averaged, after every epoch." in said
 

@@ -8,7 +8,7 @@ from albumentations.pytorch import ToTensorV2
 from scipy import stats
 
 import transforms
-from transforms import Draws, denormalize, train_transform, vectorize
+from transforms import AugmentParams, denormalize, train_transform, vectorize
 
 PIPELINES = {
     "default": train_transform(),
@@ -50,7 +50,7 @@ def run_per_sample(compose, image, seed):
 def run_many(compose, images):
     """Every image through Albumentations: tensors and draws."""
     outputs, decisions = zip(*(run_per_sample(compose, x, i) for i, x in enumerate(images)), strict=True)
-    return torch.stack(outputs), Draws(*map(torch.as_tensor, zip(*decisions, strict=True)))
+    return torch.stack(outputs), AugmentParams(*map(torch.as_tensor, zip(*decisions, strict=True)))
 
 
 @pytest.mark.parametrize("name", PIPELINES)

@@ -53,7 +53,7 @@ def test_memory_that_was_freed_is_used_again_without_a_page_fault(how, least, mo
 
 def test_a_share_of_the_rate_holds_in_the_range_test_and_in_the_schedule(sample):
     model = models.make_model("custom_resnet", width=4)
-    optimizer = make_optimizer("sgd", model, lr=0.1, weight_decay=1e-3, head_rate=0.25)
+    optimizer = make_optimizer("sgd", model, lr=0.1, weight_decay=1e-3, head_lr_scale=0.25)
     assert [group["lr"] for group in optimizer.param_groups] == [0.1, 0.1, 0.025, 0.025]
     assert [group["weight_decay"] for group in optimizer.param_groups] == [1e-3, 0.0, 4e-3, 0.0]
     seen = []

@@ -9,13 +9,13 @@ from collections.abc import Iterator
 
 import torch
 
-from utils import Stats, Tally, autocast
+from utils import EpochState, Stats, autocast
 
-CURE = "a lower --lr may help, or --precision fp32 where it is not"
+LR_HINT = "a lower --lr may help, or --precision fp32 where it is not"
 
 
 def check_batch(model, images: torch.Tensor, labels: torch.Tensor, device, dtype) -> None:
-    """Refuse an epoch's first batch if no sense can be made of it; cross-entropy would skip a -100.
+    """Refuse a first batch of wrong types, shapes or labels; cross-entropy would ignore a label of -100.
 
     Raises:
         ValueError: wrong types, shapes, or a label that is no class; one line.
@@ -43,7 +43,7 @@ def skips_on_device(optimizer) -> bool:
     return on_gpu and getattr(optimizer, "_step_supports_amp_scaling", False)
 
 
-def check_finite(tally: Tally, scaler, lr: float | None = None) -> None:
+def check_finite(epoch_state: EpochState, scaler, lr: float | None = None) -> None:
     """Stop if a step of the epoch, or the one under way at rate `lr`, had a loss or gradient not finite.
 
     In fp16 the scaler skips such an update and halves its scale, which is normal now and then; a scale
@@ -52,30 +52,32 @@ def check_finite(tally: Tally, scaler, lr: float | None = None) -> None:
     Raises:
         FloatingPointError: the weights are those before that step.
     """
-    loss, _, sound = tally.totals.tolist()
-    if sound < tally.steps + (lr is not None):
+    loss, _, finite = epoch_state.totals.tolist()
+    if finite < epoch_state.steps + (lr is not None):
         what = "gradient's norm" if math.isfinite(loss) else "loss"
         fault = f"the {what} is not finite"
     elif scaler.is_enabled() and scaler.get_scale() < 1:
-        sound, fault = tally.steps - (lr is None), "the gradient in fp16 keeps overflowing"
+        finite, fault = epoch_state.steps - (lr is None), "the gradient in fp16 keeps overflowing"
     else:
         return
-    rates = tally.lrs if lr is None else [*tally.lrs, lr]
-    where = f"epoch {tally.epoch}, step {int(sound) + 1}, learning rate {rates[int(sound)]:.4g}"
-    raise FloatingPointError(f"{fault} at {where}; stopped before the update; {CURE}")
+    rates = epoch_state.lrs if lr is None else [*epoch_state.lrs, lr]
+    where = f"epoch {epoch_state.epoch}, step {int(finite) + 1}, learning rate {rates[int(finite)]:.4g}"
+    raise FloatingPointError(f"{fault} at {where}; stopped before the update; {LR_HINT}")
 
 
-def warn_if_dead(tally: Tally, part: str, stats: Stats, logits: torch.Tensor, last: bool) -> None:
-    """Say so if, with the warm-up over, a network knows no more than a constant answer would."""
-    if tally.lrs[-1] > tally.lrs[0] and not last:
+def warn_if_dead(
+    epoch_state: EpochState, part: str, stats: Stats, logits: torch.Tensor, last: bool
+) -> None:
+    """Warn if a network is no better than a constant answer once the warm-up is over."""
+    if epoch_state.lrs[-1] > epoch_state.lrs[0] and not last:
         return
     chance = math.log(logits.shape[1])
     if len(logits.argmax(1).unique()) == 1:
-        print(f"warning: epoch {tally.epoch} predicts one class for every {part} image; {CURE}")
+        print(f"warning: epoch {epoch_state.epoch} predicts one class for every {part} image; {LR_HINT}")
     elif stats.loss >= chance:
         print(
-            f"warning: after epoch {tally.epoch} the {part} loss is {stats.loss:.3f}, no better than "
-            f"guessing ({chance:.3f}); {CURE}"
+            f"warning: after epoch {epoch_state.epoch} the {part} loss is {stats.loss:.3f}, "
+            f"no better than guessing ({chance:.3f}); {LR_HINT}"
         )
 
 
@@ -96,8 +98,9 @@ class Signals:
     def handle(self, number: int, frame) -> None:
         """Raise `Stopped`, or note it for the end of what must not be interrupted."""
         if hasattr(signal, "SIGCHLD"):
-            # Workers may have got the signal too. PyTorch would raise that anywhere, in mid-update too;
-            # without its handler it finds them missing when it waits for a batch.
+            # A Ctrl-C may have ended worker processes, too. PyTorch's SIGCHLD handler would raise an
+            # error wherever the program is, even in the middle of an update. Without that handler it
+            # notices missing workers when it waits for their next batch.
             signal.signal(signal.SIGCHLD, signal.SIG_DFL)
         if not self.depth:
             raise Stopped(number)
@@ -109,7 +112,7 @@ class Signals:
 
     @contextlib.contextmanager
     def held(self):
-        """What runs in here is not interrupted."""
+        """Defer signals to the end of this block, which then raises `Stopped`."""
         self.depth += 1
         try:
             yield
@@ -124,7 +127,7 @@ class Signals:
             raise Stopped(number)
 
     def between(self, steps: Iterator[None]) -> Iterator[None]:
-        """The same steps, each of them held, and their worker processes ended whatever happens."""
+        """Run each step with signals deferred to its end; close the steps and their workers at last."""
         try:
             while True:
                 with self.held():

@@ -22,14 +22,14 @@ from training.guards import (
     skips_on_device,
     warn_if_dead,
 )
-from training.optim import average_of, averaging
+from training.optim import averaging, ema_copy
 from training.progress import event_log, make_row, print_row, progress
 from utils import (
     Epoch,
+    EpochState,
     History,
     Predictions,
     Stats,
-    Tally,
     autocast,
     keep_freed_memory,
     make_scaler,
@@ -71,14 +71,14 @@ def train(
         FloatingPointError: loss or gradient is not finite; the weights are those before that step.
     """
     device = torch.device(device)
-    tally = Tally.of(start_epoch(train_loader, epoch), device)
+    epoch_state = EpochState.of(start_epoch(train_loader, epoch), device)
     scaler = make_scaler(device, pick_precision(precision, device))
     options = {"precision": precision, "label_smoothing": label_smoothing, "seed": seed}
     for _ in train_steps(
-        model, device, train_loader, optimizer, scheduler, scaler, tally, max_batches, **options
+        model, device, train_loader, optimizer, scheduler, scaler, epoch_state, max_batches, **options
     ):
         pass
-    return tally.stats()
+    return epoch_state.stats()
 
 
 def train_steps(
@@ -88,7 +88,7 @@ def train_steps(
     optimizer,
     scheduler,
     scaler,
-    tally: Tally,
+    epoch_state: EpochState,
     max_batches: int | None,
     *,
     precision: str,
@@ -96,7 +96,9 @@ def train_steps(
     seed: int,
     compile: bool = False,
 ) -> Iterator[None]:
-    """The rest of the epoch that `tally` counts, one update at a time; yields between them.
+    """Train on the batches that the epoch of `epoch_state` has left.
+
+    A generator: it yields after each update, so that the caller can save a checkpoint or stop there.
 
     With a fused optimizer nothing here waits for a GPU but the very first batch and the end of an epoch.
     """
@@ -105,54 +107,55 @@ def train_steps(
     model.to(device, memory_format=torch.channels_last).train()
     forward = torch.compile(model) if compile else model
     if scaler.is_enabled() and isinstance(optimizer, torch.optim.SGD):
-        # Else a first update that is skipped leaves whatever was in memory as momentum.
+        # Start the momentum at zero. If fp16 skipped the first update, PyTorch would leave the momentum
+        # buffers uninitialised.
         for parameter in model.parameters():
             optimizer.state[parameter].setdefault("momentum_buffer", torch.zeros_like(parameter))
-    began = time.perf_counter() - tally.seconds
-    for images, labels in progress(loader, tally, max_batches):
-        if not tally.steps and tally.epoch == 1:
+    began = time.perf_counter() - epoch_state.seconds
+    for images, labels in progress(loader, epoch_state, max_batches):
+        if not epoch_state.steps and epoch_state.epoch == 1:
             check_batch(model, images, labels, device, dtype)
         images, labels = to_device(images, labels, device)
         lr = optimizer.param_groups[0]["lr"]
         with torch.random.fork_rng([device] if device.type == "cuda" else []):
-            key = [seed, DROPOUT, tally.epoch, tally.steps]
+            key = [seed, DROPOUT, epoch_state.epoch, epoch_state.steps]
             torch.manual_seed(int(np.random.default_rng(key).integers(2**63)))
-            train_step(forward, images, labels, optimizer, scaler, tally, dtype, label_smoothing)
+            train_step(forward, images, labels, optimizer, scaler, epoch_state, dtype, label_smoothing)
         if scheduler is not None:
             scheduler.step()
-        tally.lrs.append(lr)
-        tally.images += len(labels)
-        tally.steps += 1
-        tally.seconds = time.perf_counter() - began
+        epoch_state.lrs.append(lr)
+        epoch_state.images += len(labels)
+        epoch_state.steps += 1
+        epoch_state.seconds = time.perf_counter() - began
         yield
-    start_epoch(loader, tally.epoch + 1)
-    if not tally.steps:
+    start_epoch(loader, epoch_state.epoch + 1)
+    if not epoch_state.steps:
         raise ValueError("the training loader has no batch")
-    check_finite(tally, scaler)
-    tally.seconds = time.perf_counter() - began  # now that the device has done it all
+    check_finite(epoch_state, scaler)
+    epoch_state.seconds = time.perf_counter() - began  # now that the device has done it all
 
 
 def train_step(
-    forward, images, labels, optimizer, scaler, tally: Tally, dtype, label_smoothing: float
+    forward, images, labels, optimizer, scaler, epoch_state: EpochState, dtype, label_smoothing: float
 ) -> None:
-    """One update, added to `tally`; none if loss or gradient is not finite, now or before."""
+    """One update, added to `epoch_state`; none if loss or gradient is not finite, now or before."""
     optimizer.zero_grad(set_to_none=True)
     with autocast(images.device, dtype):
         logits = forward(images)
         loss = F.cross_entropy(logits, labels, label_smoothing=label_smoothing)
-    sound = torch.isfinite(loss.detach()) & (tally.totals[2] == tally.steps)
-    if scaler.is_enabled():  # it skips by the gradient alone: make that what the loss was before
-        loss = loss * torch.where(sound, 1.0, math.nan)
+    finite = torch.isfinite(loss.detach()) & (epoch_state.totals[2] == epoch_state.steps)
+    if scaler.is_enabled():  # it looks at gradients alone, so make them NaN where the loss is not finite
+        loss = loss * torch.where(finite, 1.0, math.nan)
     scaler.scale(loss).backward()
     if not scaler.is_enabled():
         gradients = [p.grad for group in optimizer.param_groups for p in group["params"]]
         norm = nn.utils.get_total_norm([g for g in gradients if g is not None])
-        sound = sound & torch.isfinite(norm)
+        finite = finite & torch.isfinite(norm)
     hits = (logits.argmax(1) == labels).sum()
-    sums = torch.stack([loss.detach().float() * len(labels), hits.float(), sound.float()])
-    tally.totals += sums
+    sums = torch.stack([loss.detach().float() * len(labels), hits.float(), finite.float()])
+    epoch_state.totals += sums
     if not skips_on_device(optimizer):
-        check_finite(tally, scaler, optimizer.param_groups[0]["lr"])
+        check_finite(epoch_state, scaler, optimizer.param_groups[0]["lr"])
     elif not scaler.is_enabled():
         optimizer.found_inf = 1 - sums[2]
     scaler.step(optimizer)
@@ -227,7 +230,7 @@ def fit_model(
     val_loader=None,
     precision: str = "auto",
     label_smoothing: float = 0.0,
-    average: float = 0.0,
+    ema_decay: float = 0.0,
     seed: int = 0,
     compile: bool = False,
     tta: bool = False,
@@ -243,11 +246,11 @@ def fit_model(
 
     Args:
         scheduler: stepped after every batch.
-        average: what a running average of the weights keeps at each step, such as 0.99; it is judged and
-            kept instead of the weights, and the model's at the end. 0: no average.
+        ema_decay: of an exponential moving average (EMA) of the weights, such as 0.99. The average is
+            evaluated and saved in place of the weights, and copied into the model at the end. 0: none.
         compile: the forward and backward pass of training, by `torch.compile`.
-        tta: judge as in `test`, with mirror images.
-        val_loader: judged after each epoch instead of the test set, which then is looked at once,
+        tta: evaluate as in `test`, with mirror images.
+        val_loader: evaluated after each epoch instead of the test set, which then is evaluated once,
             after the last.
         folder: where checkpoints, history, TensorBoard events and, if there is a `card`, weights go.
         card: goes with the weights, see `save_weights`.
@@ -268,31 +271,33 @@ def fit_model(
     """
     device = torch.device(device)
     model.to(device, memory_format=torch.channels_last)
-    judged = average_of(model) if average else model
+    ema_model = ema_copy(model) if ema_decay else model
     scaler = make_scaler(device, pick_precision(precision, device))
     parts = {"model": model, "optimizer": optimizer, "scheduler": scheduler, "scaler": scaler}
-    parts["average"] = judged if average else None
+    parts["ema_model"] = ema_model if ema_decay else None
     options = {"precision": precision, "label_smoothing": label_smoothing, "seed": seed}
     options["compile"] = compile
-    facts = facts_of(device, train_loader, max_train_batches, epochs=epochs, average=average, **options)
+    train_settings = train_settings_of(
+        device, train_loader, max_train_batches, epochs=epochs, ema_decay=ema_decay, **options
+    )
     check = functools.partial(check_finite, scaler=scaler)
-    kept = Checkpoints(folder, parts, card, facts, mirror, checkpoint_seconds, check)
+    kept = Checkpoints(folder, parts, card, train_settings, mirror, checkpoint_seconds, check)
     training = (model, device, train_loader, optimizer, scheduler, scaler)
-    judging = (judged, device, val_loader, test_loader, epochs, precision, max_test_batches, tta)
+    evaluating = (ema_model, device, val_loader, test_loader, epochs, precision, max_test_batches, tta)
     with (
         signals_noted() as signals,
         kept.start(resume, device),
         event_log(folder, kept.history) as update_events,
-        averaging(optimizer, model, judged, average, lambda: kept.steps),
+        averaging(optimizer, model, ema_model, ema_decay, lambda: kept.steps),
     ):
         try:
-            while kept.tally.epoch <= epochs:
-                start = time.perf_counter() - kept.tally.seconds
-                start_epoch(train_loader, kept.tally.epoch, kept.tally.steps)
-                steps = train_steps(*training, kept.tally, max_train_batches, **options)
+            while kept.epoch_state.epoch <= epochs:
+                start = time.perf_counter() - kept.epoch_state.seconds
+                start_epoch(train_loader, kept.epoch_state.epoch, kept.epoch_state.steps)
+                steps = train_steps(*training, kept.epoch_state, max_train_batches, **options)
                 for _ in signals.between(steps):
                     kept.save_if_due()
-                row = evaluate(*judging, kept.tally, start)
+                row = evaluate(*evaluating, kept.epoch_state, start)
                 with signals.held():
                     kept.end_epoch(row)
                 print_row(row, header=len(kept.history.epochs) == 1)
@@ -307,7 +312,7 @@ def fit_model(
     return kept.history
 
 
-def facts_of(device, loader, max_batches, *, precision, **options) -> dict:
+def train_settings_of(device, loader, max_batches, *, precision, **options) -> dict:
     """What must be the same when a training is continued; the precision as the device resolves it."""
     return {
         "precision": name_of(pick_precision(precision, device)),
@@ -325,20 +330,20 @@ def evaluate(
     precision,
     max_batches,
     tta,
-    tally: Tally,
+    epoch_state: EpochState,
     start: float,
 ) -> Epoch:
-    """Judge the weights at the end of an epoch that began at `start`, and put its row together."""
-    stats = {"train": tally.stats()}
+    """Evaluate the weights at the end of an epoch that began at `start`, and put its row together."""
+    stats = {"train": epoch_state.stats()}
     loaders = {"val": val_loader, "test": test_loader}
-    if val_loader is None or tally.epoch < epochs:
+    if val_loader is None or epoch_state.epoch < epochs:
         del loaders["val" if val_loader is None else "test"]
     for part, loader in loaders.items():
         logits, labels = forward_all(model, device, loader, precision, max_batches, tta)
         stats[part] = score(logits, labels)
-        warn_if_dead(tally, part, stats[part], logits, last=tally.epoch == epochs)
-    seconds, speed = time.perf_counter() - start, tally.images / tally.seconds
-    return make_row(tally.epoch, tally.lrs[-1], stats, seconds, speed)
+        warn_if_dead(epoch_state, part, stats[part], logits, last=epoch_state.epoch == epochs)
+    seconds, speed = time.perf_counter() - start, epoch_state.images / epoch_state.seconds
+    return make_row(epoch_state.epoch, epoch_state.lrs[-1], stats, seconds, speed)
 
 
 def to_device(images, labels, device: torch.device):

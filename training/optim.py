@@ -15,18 +15,20 @@ from utils import choose, pick_precision
 
 OPTIMIZERS = ("adam", "adamw", "sgd", "muon")
 MOMENTUM = 0.9
-SGD_SHARE = 8  # of Muon's rate: 0.4 to 0.05, the best of a few for ResNet18
+# With Muon, norms, biases and the last layer are trained by SGD at a learning rate that is this multiple
+# of Muon's: 0.4 beside 0.05 was the best of a few pairs for ResNet18.
+SGD_LR_SCALE = 8
 
 
-def average_of(model: nn.Module) -> nn.Module:
-    """A copy of a model to average its weights in, sharing what cannot be averaged: counts."""
+def ema_copy(model: nn.Module) -> nn.Module:
+    """A copy of a model to hold the average of its weights; integer buffers are shared."""
     counts = {id(x): x for x in model.buffers() if not x.is_floating_point()}
     return copy.deepcopy(model, counts)
 
 
 @contextlib.contextmanager
-def averaging(optimizer, model: nn.Module, averaged: nn.Module, decay: float, steps_done):
-    """Move `averaged`, its buffers too, towards `model` after each update; put it into `model` at last.
+def averaging(optimizer, model: nn.Module, ema_model: nn.Module, decay: float, steps_done):
+    """Move `ema_model`, its buffers too, towards `model` after each update; put it into `model` at last.
 
     It runs as part of the optimizer's step, so nothing can come between the update and its average.
     After t earlier updates the decay is t / (t + 1), until that exceeds `decay`. The average starts
@@ -39,7 +41,7 @@ def averaging(optimizer, model: nn.Module, averaged: nn.Module, decay: float, st
     if not decay:
         yield
         return
-    pairs = zip(averaged.state_dict().values(), model.state_dict().values(), strict=True)
+    pairs = zip(ema_model.state_dict().values(), model.state_dict().values(), strict=True)
     old, new = zip(*(pair for pair in pairs if pair[0].is_floating_point()), strict=True)
 
     def move(*_) -> None:
@@ -51,41 +53,44 @@ def averaging(optimizer, model: nn.Module, averaged: nn.Module, decay: float, st
         yield
     finally:
         handle.remove()
-    model.load_state_dict(averaged.state_dict())
+    model.load_state_dict(ema_model.state_dict())
 
 
 def make_optimizer(
-    name: str, model: nn.Module, lr: float = 1e-3, weight_decay: float = 0.0, head_rate: float = 1.0
+    name: str, model: nn.Module, lr: float = 1e-3, weight_decay: float = 0.0, head_lr_scale: float = 1.0
 ) -> torch.optim.Optimizer:
     """Adam, AdamW (betas 0.9, 0.999), SGD with Nesterov momentum 0.9, or Muon, by name; fused kernels.
 
     Args:
-        lr: with Muon that of what it moves; norms, biases and the last layer have SGD_SHARE times it.
+        lr: with Muon that of what it moves; norms, biases and the last layer have SGD_LR_SCALE times it.
         weight_decay: on the weights of convolutions and linear layers, not on norms and biases; with
             Muon not on the last linear layer either.
-        head_rate: rate of the last linear layer, as a share of the others'; it decays as they do. The
-            square of s trains as if logits were multiplied by s; Page has 1/8.
+        head_lr_scale: learning rate of the last linear layer, as a multiple of the others'. Multiplying
+            logits by s would multiply that layer's gradient by s, and again the effect of its update on
+            the logits: s squared in all. So 1/64 acts like Page's logits times 1/8.
     """
     last = [module for module in model.modules() if isinstance(module, nn.Linear)][-1:]
-    head = [p for module in last for p in module.parameters() if head_rate != 1 or name == "muon"]
+    head = [p for module in last for p in module.parameters() if head_lr_scale != 1 or name == "muon"]
     body = [p for p in model.parameters() if not any(p is other for other in head)]
-    coupled = name == "adam"  # its penalty is scaled with the gradient; elsewhere the rate multiplies it
+    # Adam divides the gradient, and the L2 penalty in it, by its size: a lower rate does not lower the
+    # penalty's weight against the gradient. In the others weights shrink by lr x weight_decay.
+    coupled = name == "adam"
     groups = [
         {
             "params": [p for p in part if (p.dim() > 1) is matrix],
-            "weight_decay": weight_decay / (1 if coupled else share) if matrix else 0.0,
-            "share": share,
-            "lr": lr * share,
+            "weight_decay": weight_decay / (1 if coupled else lr_scale) if matrix else 0.0,
+            "lr_scale": lr_scale,
+            "lr": lr * lr_scale,
         }
-        for part, share in ((body, 1.0), (head, head_rate))
+        for part, lr_scale in ((body, 1.0), (head, head_lr_scale))
         for matrix in (True, False)
     ]
     groups = [group for group in groups if group["params"]]
     common = {"params": groups, "lr": lr, "fused": True}
     if name == "muon":
         for group in groups[1:]:
-            share = group["share"] * SGD_SHARE
-            group.update(share=share, lr=lr * share, weight_decay=0.0)
+            lr_scale = group["lr_scale"] * SGD_LR_SCALE
+            group.update(lr_scale=lr_scale, lr=lr * lr_scale, weight_decay=0.0)
         groups[0]["orthogonal"] = True
         return Muon(groups, lr)
     if name == "sgd":
@@ -134,7 +139,7 @@ class Muon(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure=None):
-        """One update, on the device alone: where a gradient scaler's flag says so, nothing moves."""
+        """Make one update without waiting for the device; none if a gradient scaler set `found_inf`."""
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -225,12 +230,12 @@ def orthogonal(matrix: torch.Tensor) -> torch.Tensor:
 
 
 def scale_rates(optimizer: torch.optim.Optimizer) -> None:
-    """Make each group step at its share of the rate, where a schedule sets the same rate for all."""
-    shares = [group.get("share", 1.0) for group in optimizer.param_groups]
+    """During a step, multiply each group's rate by its `lr_scale`; a range test sets one for all."""
+    lr_scales = [group.get("lr_scale", 1.0) for group in optimizer.param_groups]
 
     def multiply(by) -> None:
-        for group, share in zip(optimizer.param_groups, shares, strict=True):
-            group["lr"] = by(group["lr"], share)
+        for group, lr_scale in zip(optimizer.param_groups, lr_scales, strict=True):
+            group["lr"] = by(group["lr"], lr_scale)
 
     optimizer.register_step_pre_hook(lambda *_: multiply(operator.mul))
     optimizer.register_step_post_hook(lambda *_: multiply(operator.truediv))
@@ -251,7 +256,7 @@ def one_cycle(
     peaks at 0.3 of its length.
 
     Args:
-        max_lr: the rate at the peak; a parameter group with a "share" has that share of it.
+        max_lr: the rate at the peak; a parameter group with an "lr_scale" peaks at that multiple of it.
         epochs, steps_per_epoch: how often it will be stepped, once after each batch.
         peak_epoch: epochs until the peak; the last batch of that epoch uses `max_lr`.
         min_lr: the first rate; the line ends at a hundredth of it, one step after the last. None:
@@ -271,7 +276,7 @@ def one_cycle(
     # One step more than are taken: OneCycleLR's rate after its last step would be negative.
     return OneCycleLR(
         optimizer,
-        max_lr=[max_lr * group.get("share", 1.0) for group in optimizer.param_groups],
+        max_lr=[max_lr * group.get("lr_scale", 1.0) for group in optimizer.param_groups],
         total_steps=steps + 1,
         pct_start=(peak + 1) / (steps + 1),
         anneal_strategy="linear",

@@ -10,23 +10,23 @@ from pathlib import Path
 from tqdm import tqdm
 
 from data import EpochSampler
-from training.guards import CURE
-from utils import Epoch, History, Stats, Tally
+from training.guards import LR_HINT
+from utils import Epoch, EpochState, History, Stats
 
 
-def progress(loader, tally: Tally, max_batches: int | None):
-    """The batches that an epoch has left, behind a bar that leaves no trace; none if nobody watches."""
+def progress(loader, epoch_state: EpochState, max_batches: int | None):
+    """The batches that an epoch has left; in a terminal and in Colab behind a transient bar."""
     sampler = getattr(loader, "sampler", None)
     total = sampler.batches if isinstance(sampler, EpochSampler) else len(loader)
     total = min(total, max_batches or total)
     # Our sampler starts at the right batch; of another loader the batches done are passed over.
-    done = 0 if isinstance(sampler, EpochSampler) else tally.steps
+    done = 0 if isinstance(sampler, EpochSampler) else epoch_state.steps
     watched = sys.stdout.isatty() or "google.colab" in sys.modules
     return tqdm(
-        itertools.islice(loader, done, total - tally.steps + done),
-        f"epoch {tally.epoch}",
+        itertools.islice(loader, done, total - epoch_state.steps + done),
+        f"epoch {epoch_state.epoch}",
         total,
-        initial=tally.steps,
+        initial=epoch_state.steps,
         leave=False,
         file=sys.stdout,
         disable=not watched,
@@ -42,7 +42,7 @@ def make_row(epoch: int, lr: float, stats: dict[str, Stats], seconds: float, spe
     """
     for part, (loss, _) in stats.items():
         if not math.isfinite(loss):
-            raise FloatingPointError(f"the {part} loss is {loss} after epoch {epoch}; {CURE}")
+            raise FloatingPointError(f"the {part} loss is {loss} after epoch {epoch}; {LR_HINT}")
     columns = {f"{part}_{name}": x for part, s in stats.items() for name, x in s._asdict().items()}
     return Epoch(epoch=epoch, lr=lr, seconds=seconds, images_per_second=speed, **columns)
 

@@ -26,7 +26,7 @@ made by `python -m weights.make_weights RUN`.
 | time | {minutes:.0f} minutes of training, {epochs} epochs, seed {seed} |
 | accuracy | {full}, on all 10,000 test images, at the last epoch; nothing was chosen on them |
 | on the sample in the repository | {sample}, of its 1,000 test images |
-| judged again by | `python main.py test --weights {name}` (`--precision fp32` for the second figure) |
+| tested again by | `python main.py test --weights {name}` (`--precision fp32` for the second figure) |
 | file | `{name}.safetensors`, {size:,} bytes, fp16 |
 | SHA-256 | {sha256} |
 | input | RGB, 32 x 32, in [0, 1], less the mean {mean}, divided by {std} |

@@ -84,7 +84,7 @@ def stops() -> Row:
         with tempfile.TemporaryDirectory() as folder:
             small.run(sample, folder, stop_at, workers=before)
             state = checkpoint.load_checkpoint(Path(folder) / "checkpoints")
-            landed += len(state["history"]["lrs"]) + state["tally"]["steps"] == stop_at
+            landed += len(state["history"]["lrs"]) + state["epoch_state"]["steps"] == stop_at
             losses += small.run(sample, folder, workers=after, resume=True) != expected
         if before == 0:
             blind += without_momentum(sample, stop_at) == expected[1]  # losses and accuracies
@@ -261,8 +261,8 @@ def signalled_run(job: tuple[int, int]) -> tuple[bool, bool, bool]:
         process.send_signal(number)
         process.communicate(timeout=120)
         state = checkpoint.load_checkpoint(folder / "checkpoints")
-        steps = len(state["history"]["lrs"]) + state["tally"]["steps"]
-        middle = state["tally"]["steps"] > 0
+        steps = len(state["history"]["lrs"]) + state["epoch_state"]["steps"]
+        middle = state["epoch_state"]["steps"] > 0
         return landed, process.returncode != 128 + number or steps < aim, middle
 
 
@@ -375,7 +375,11 @@ def numpy_body(proof: Path) -> bytes:
 
 def huge_body() -> bytes:
     """A checkpoint of the right parts, one tensor of which is `HUGE`."""
-    state = {"card": None, "facts": {}, "parts": {k: p.state_dict() for k, p in some_parts().items()}}
+    state = {
+        "card": None,
+        "train_settings": {},
+        "parts": {k: p.state_dict() for k, p in some_parts().items()},
+    }
     name = next(iter(state["parts"]["model"]))
     state["parts"]["model"][name] = torch.zeros(1).expand(HUGE // 4)
     buffer = io.BytesIO()
@@ -409,7 +413,7 @@ def enter(entry: str, folder: Path, body: bytes) -> None:
         if entry == "resume":
             with contextlib.suppress(ValueError, RuntimeError):
                 checkpoint.Checkpoints(
-                    folder, some_parts(), None, {}, None, 1e9, lambda tally: None
+                    folder, some_parts(), None, {}, None, 1e9, lambda epoch_state: None
                 ).start(True, CPU)
         else:
             extra = ["x.png"] if entry == "predict" else []
