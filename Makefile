@@ -1,10 +1,13 @@
 PYTHON ?= python3
 BIN := .venv/bin
+# Shows what it fetches: PyTorch alone takes minutes.
+PIP := $(BIN)/pip --disable-pip-version-check
 
 .PHONY: demo test app test-app battery bench audit
 
 demo: .venv/run
 	$(BIN)/python main.py --recipe demo
+	@echo "For further commands: source .venv/bin/activate"
 
 test: .venv/dev .venv/app
 	$(BIN)/ruff check .
@@ -16,7 +19,7 @@ app: .venv/app
 
 # In a real browser: CHROMIUM=/path names one; else the system's, else one that Playwright fetches.
 test-app: .venv/dev .venv/app
-	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt playwright
+	$(PIP) install --progress-bar on -c constraints.txt playwright
 	$(BIN)/python -m pytest tests/test_app.py tests/test_served.py tests/browser
 
 battery: .venv/dev
@@ -27,20 +30,21 @@ bench: .venv/run
 
 # pip-audit alone says "no known vulnerabilities" when it could look nothing up: hence --strict.
 audit: .venv/dev
-	$(BIN)/pip install --quiet --disable-pip-version-check pip-audit
+	$(PIP) install --progress-bar on pip-audit
 	@$(BIN)/pip-audit --strict --disable-pip --no-deps -r constraints.txt > .venv/audit.log 2>&1; \
 	code=$$?; cat .venv/audit.log; if grep -q "could not be audited" .venv/audit.log; then \
 	echo "Nothing was audited: vulnerabilities cannot be looked up from here."; fi; exit $$code
 
 .venv/run: requirements.txt constraints.txt
 	$(PYTHON) -m venv .venv
-	$(BIN)/pip install --quiet --disable-pip-version-check -r requirements.txt -c constraints.txt
+	@echo "Installing PyTorch and the rest into .venv: a few minutes, 6 GB."
+	$(PIP) install --progress-bar on -r requirements.txt -c constraints.txt
 	touch $@
 
 .venv/dev: .venv/run requirements-dev.txt
-	$(BIN)/pip install --quiet --disable-pip-version-check -r requirements-dev.txt -c constraints.txt
+	$(PIP) install --progress-bar on -r requirements-dev.txt -c constraints.txt
 	touch $@
 
 .venv/app: .venv/run requirements-app.txt
-	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps -r requirements-app.txt -c constraints.txt
+	$(PIP) install --progress-bar on --no-deps -r requirements-app.txt -c constraints.txt
 	touch $@

@@ -1,4 +1,4 @@
-"""Tables: puts the results into the README, between markers, so that no number is typed.
+"""Tables: puts the results into the README and docs, between markers, so that no number is typed.
 
 python -m benchmarks.tables
 
@@ -13,7 +13,7 @@ from pathlib import Path
 from benchmarks import common, time_to_accuracy
 from files import write_whole
 
-README = common.ROOT / "README.md"
+PAGES = tuple(common.ROOT / name for name in ("README.md", "docs/benchmarks.md", "docs/reliability.md"))
 BATTERY = common.ROOT / "tests" / "battery" / "results.json"
 MARKERS = re.compile(r"(<!-- bench:(\S+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
@@ -61,9 +61,11 @@ def fill(text: str, folder: Path = common.RESULTS) -> str:
 
 
 def main() -> None:
-    """Write the README with its tables."""
-    write_whole(README, fill(README.read_text(encoding="utf-8")))
-    print(f"the tables in {README.name} are those of {common.RESULTS.relative_to(common.ROOT)}")
+    """Write the pages with their tables."""
+    for page in PAGES:
+        write_whole(page, fill(page.read_text(encoding="utf-8")))
+    pages = ", ".join(str(page.relative_to(common.ROOT)) for page in PAGES)
+    print(f"the tables in {pages} are those of {common.RESULTS.relative_to(common.ROOT)}")
 
 
 if __name__ == "__main__":

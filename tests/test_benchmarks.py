@@ -312,12 +312,18 @@ def test_the_peak_is_that_of_the_gpu_by_its_name(monkeypatch, name, peak):
 # Tables
 
 
-def test_the_tables_in_the_readme_are_what_the_results_say():
-    text = tables.README.read_text(encoding="utf-8")
-    assert {"input", "step", "overhead", "start", "peers"} <= {
-        name for _, name, _ in tables.MARKERS.findall(text)
-    }
+@pytest.mark.parametrize("page", tables.PAGES, ids=lambda page: page.name)
+def test_the_tables_of_a_page_are_what_the_results_say(page):
+    text = page.read_text(encoding="utf-8")
     assert text == tables.fill(text)
+
+
+def test_every_result_has_its_one_table_on_a_page():
+    texts = [page.read_text(encoding="utf-8") for page in tables.PAGES]
+    names = [name for text in texts for _, name, _ in tables.MARKERS.findall(text)]
+    assert len(names) == len(set(names))
+    assert {"accuracy", "battery", "input", "step", "overhead", "start", "peers"} <= set(names)
+    assert [name for _, name, _ in tables.MARKERS.findall(texts[0])] == ["accuracy"]
 
 
 def test_a_table_comes_from_its_file_and_leaves_the_rest_of_the_text_alone(tmp_path):
