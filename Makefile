@@ -3,11 +3,17 @@ BIN := .venv/bin
 # Shows what it fetches: PyTorch alone takes minutes.
 PIP := $(BIN)/pip --disable-pip-version-check
 
-.PHONY: demo test app test-app battery bench audit
+.PHONY: demo check test app test-app battery bench audit
 
 demo: .venv/run
 	$(BIN)/python main.py --recipe demo
 	@echo "For further commands: source .venv/bin/activate"
+
+# Before every commit: style, and the tests that are not marked slow.
+check: .venv/dev .venv/app
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/python -m pytest -q -m "not slow"
 
 test: .venv/dev .venv/app
 	$(BIN)/ruff check .

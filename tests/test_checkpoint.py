@@ -115,6 +115,7 @@ def uninterrupted(sample):
 # Stop and resume
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stop_at", range(1, EPOCHS * STEPS + 1))
 def test_stopped_at_any_step_and_resumed_with_other_workers_ends_with_the_same_bits(
     sample, uninterrupted, tmp_path, stop_at
@@ -126,6 +127,7 @@ def test_stopped_at_any_step_and_resumed_with_other_workers_ends_with_the_same_b
     assert run(sample, tmp_path, workers=(workers + 1) % 3, resume=True) == uninterrupted
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "options",
     [
