@@ -251,6 +251,11 @@ class Checkpoints:
                 print(f"warning: not written: {reason(error)}; what was there before is kept")
             self.failure = self.failure or error
 
+    def raise_failure(self) -> None:
+        """Raise what kept the last epoch's files from being written, if anything did."""
+        if self.failure:
+            raise self.failure
+
 
 def check_same_run(before: dict | None, now: dict | None) -> None:
     """Refuse to continue a run with another configuration or other data."""

@@ -621,6 +621,16 @@ def test_a_changed_configuration_is_not_resumed(change, finished, capsys, monkey
     assert f"the run has {name} {old}, not {value}" in printed and "another --output" in printed
 
 
+def test_a_run_of_another_version_is_refused_in_one_line_that_names_its_settings():
+    now = {"config": Config().identity, "data_sha256": ""}
+    before = {"config": {**Config().identity, "average": 0.99, "head_rate": 0.5}, "data_sha256": ""}
+    with pytest.raises(
+        ValueError, match="another version .* the settings average, head_rate: "
+    ) as refused:
+        checkpoint.check_same_run(before, now)
+    assert "\n" not in str(refused.value)
+
+
 @pytest.mark.parametrize(
     ("old", "new", "advice"),
     [

@@ -4,7 +4,8 @@ import functools
 import itertools
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
@@ -25,7 +26,6 @@ from training.guards import (
 from training.optim import averaging, ema_copy
 from training.progress import event_log, make_row, print_row, progress
 from utils import (
-    Epoch,
     EpochState,
     History,
     Predictions,
@@ -41,7 +41,33 @@ from utils import (
 DROPOUT = 2
 
 
-def train(
+@dataclass
+class TrainState:
+    """What changes as a network trains; a checkpoint holds the state of each part."""
+
+    model: nn.Module
+    optimizer: torch.optim.Optimizer
+    scheduler: torch.optim.lr_scheduler.LRScheduler | None  # stepped after every batch
+    scaler: torch.amp.GradScaler
+    ema_model: nn.Module | None = None  # holds the average of the weights, where there is one
+
+    @property
+    def evaluated(self) -> nn.Module:
+        """The network that is evaluated and saved."""
+        return self.model if self.ema_model is None else self.ema_model
+
+
+@dataclass(frozen=True)
+class TrainSettings:
+    """How each batch is trained on; the same in the whole run."""
+
+    precision: torch.dtype  # of the forward pass
+    label_smoothing: float = 0.0
+    seed: int = 0  # of dropout
+    compile: bool = False
+
+
+def train(  # noqa: PLR0913
     model: nn.Module,
     device: torch.device,
     train_loader,
@@ -71,42 +97,32 @@ def train(
         FloatingPointError: loss or gradient is not finite; the weights are those before that step.
     """
     device = torch.device(device)
+    settings = TrainSettings(pick_precision(precision, device), label_smoothing, seed)
+    state = TrainState(model, optimizer, scheduler, make_scaler(device, settings.precision))
     epoch_state = EpochState.of(start_epoch(train_loader, epoch), device)
-    scaler = make_scaler(device, pick_precision(precision, device))
-    options = {"precision": precision, "label_smoothing": label_smoothing, "seed": seed}
-    for _ in train_steps(
-        model, device, train_loader, optimizer, scheduler, scaler, epoch_state, max_batches, **options
-    ):
+    for _ in train_steps(state, device, train_loader, epoch_state, settings, max_batches):
         pass
     return epoch_state.stats()
 
 
 def train_steps(
-    model,
+    state: TrainState,
     device: torch.device,
-    loader,
-    optimizer,
-    scheduler,
-    scaler,
+    loader: Iterable,
     epoch_state: EpochState,
+    settings: TrainSettings,
     max_batches: int | None,
-    *,
-    precision: str,
-    label_smoothing: float,
-    seed: int,
-    compile: bool = False,
 ) -> Iterator[None]:
     """Train on the batches that the epoch of `epoch_state` has left.
 
     A generator: it yields after each update, so that the caller can save a checkpoint or stop there.
-
     With a fused optimizer nothing here waits for a GPU but the very first batch and the end of an epoch.
     """
     keep_freed_memory(device)
-    dtype = pick_precision(precision, device)
+    model, optimizer = state.model, state.optimizer
     model.to(device, memory_format=torch.channels_last).train()
-    forward = torch.compile(model) if compile else model
-    if scaler.is_enabled() and isinstance(optimizer, torch.optim.SGD):
+    forward = torch.compile(model) if settings.compile else model
+    if state.scaler.is_enabled() and isinstance(optimizer, torch.optim.SGD):
         # Start the momentum at zero. If fp16 skipped the first update, PyTorch would leave the momentum
         # buffers uninitialised.
         for parameter in model.parameters():
@@ -114,15 +130,15 @@ def train_steps(
     began = time.perf_counter() - epoch_state.seconds
     for images, labels in progress(loader, epoch_state, max_batches):
         if not epoch_state.steps and epoch_state.epoch == 1:
-            check_batch(model, images, labels, device, dtype)
+            check_batch(model, images, labels, device, settings.precision)
         images, labels = to_device(images, labels, device)
         lr = optimizer.param_groups[0]["lr"]
         with torch.random.fork_rng([device] if device.type == "cuda" else []):
-            key = [seed, DROPOUT, epoch_state.epoch, epoch_state.steps]
+            key = [settings.seed, DROPOUT, epoch_state.epoch, epoch_state.steps]
             torch.manual_seed(int(np.random.default_rng(key).integers(2**63)))
-            train_step(forward, images, labels, optimizer, scaler, epoch_state, dtype, label_smoothing)
-        if scheduler is not None:
-            scheduler.step()
+            train_step(forward, images, labels, state, epoch_state, settings)
+        if state.scheduler is not None:
+            state.scheduler.step()
         epoch_state.lrs.append(lr)
         epoch_state.images += len(labels)
         epoch_state.steps += 1
@@ -131,18 +147,24 @@ def train_steps(
     start_epoch(loader, epoch_state.epoch + 1)
     if not epoch_state.steps:
         raise ValueError("the training loader has no batch")
-    check_finite(epoch_state, scaler)
+    check_finite(epoch_state, state.scaler)
     epoch_state.seconds = time.perf_counter() - began  # now that the device has done it all
 
 
 def train_step(
-    forward, images, labels, optimizer, scaler, epoch_state: EpochState, dtype, label_smoothing: float
+    forward: Callable,
+    images: torch.Tensor,
+    labels: torch.Tensor,
+    state: TrainState,
+    epoch_state: EpochState,
+    settings: TrainSettings,
 ) -> None:
     """One update, added to `epoch_state`; none if loss or gradient is not finite, now or before."""
+    optimizer, scaler = state.optimizer, state.scaler
     optimizer.zero_grad(set_to_none=True)
-    with autocast(images.device, dtype):
+    with autocast(images.device, settings.precision):
         logits = forward(images)
-        loss = F.cross_entropy(logits, labels, label_smoothing=label_smoothing)
+        loss = F.cross_entropy(logits, labels, label_smoothing=settings.label_smoothing)
     finite = torch.isfinite(loss.detach()) & (epoch_state.totals[2] == epoch_state.steps)
     if scaler.is_enabled():  # it looks at gradients alone, so make them NaN where the loss is not finite
         loss = loss * torch.where(finite, 1.0, math.nan)
@@ -218,7 +240,7 @@ def forward_all(model, device, loader, precision: str, max_batches: int | None, 
     return torch.cat(logits), torch.cat(targets)
 
 
-def fit_model(
+def fit_model(  # noqa: PLR0913
     model: nn.Module,
     device: torch.device,
     train_loader,
@@ -271,79 +293,77 @@ def fit_model(
     """
     device = torch.device(device)
     model.to(device, memory_format=torch.channels_last)
-    ema_model = ema_copy(model) if ema_decay else model
-    scaler = make_scaler(device, pick_precision(precision, device))
-    parts = {"model": model, "optimizer": optimizer, "scheduler": scheduler, "scaler": scaler}
-    parts["ema_model"] = ema_model if ema_decay else None
-    options = {"precision": precision, "label_smoothing": label_smoothing, "seed": seed}
-    options["compile"] = compile
-    train_settings = train_settings_of(
-        device, train_loader, max_train_batches, epochs=epochs, ema_decay=ema_decay, **options
-    )
-    check = functools.partial(check_finite, scaler=scaler)
-    kept = Checkpoints(folder, parts, card, train_settings, mirror, checkpoint_seconds, check)
-    training = (model, device, train_loader, optimizer, scheduler, scaler)
-    evaluating = (ema_model, device, val_loader, test_loader, epochs, precision, max_test_batches, tta)
+    settings = TrainSettings(pick_precision(precision, device), label_smoothing, seed, compile)
+    ema_model = ema_copy(model) if ema_decay else None
+    state = TrainState(model, optimizer, scheduler, make_scaler(device, settings.precision), ema_model)
+    unchanging = resumable(settings, train_loader, max_train_batches)
+    unchanging |= {"epochs": epochs, "ema_decay": ema_decay}
+    check = functools.partial(check_finite, scaler=state.scaler)
+    checkpoints = Checkpoints(folder, vars(state), card, unchanging, mirror, checkpoint_seconds, check)
+    options = {"precision": precision, "max_batches": max_test_batches, "tta": tta}
     with (
         signals_noted() as signals,
-        kept.start(resume, device),
-        event_log(folder, kept.history) as update_events,
-        averaging(optimizer, model, ema_model, ema_decay, lambda: kept.steps),
+        checkpoints.start(resume, device),
+        event_log(folder, checkpoints.history) as update_events,
+        averaging(optimizer, model, state.evaluated, ema_decay, lambda: checkpoints.steps),
     ):
         try:
-            while kept.epoch_state.epoch <= epochs:
-                start = time.perf_counter() - kept.epoch_state.seconds
-                start_epoch(train_loader, kept.epoch_state.epoch, kept.epoch_state.steps)
-                steps = train_steps(*training, kept.epoch_state, max_train_batches, **options)
+            while (epoch_state := checkpoints.epoch_state).epoch <= epochs:
+                start = time.perf_counter() - epoch_state.seconds
+                start_epoch(train_loader, epoch_state.epoch, epoch_state.steps)
+                steps = train_steps(
+                    state, device, train_loader, epoch_state, settings, max_train_batches
+                )
                 for _ in signals.between(steps):
-                    kept.save_if_due()
-                row = evaluate(*evaluating, kept.epoch_state, start)
+                    checkpoints.save_if_due()
+                last = epoch_state.epoch == epochs
+                due = loaders_due(val_loader, test_loader, last)
+                stats = evaluate(state.evaluated, device, due, epoch_state, last, **options)
+                row = make_row(epoch_state, stats, time.perf_counter() - start)
                 with signals.held():
-                    kept.end_epoch(row)
-                print_row(row, header=len(kept.history.epochs) == 1)
-                if folder is not None and kept.failure is None:  # events are a view of the history
-                    update_events()
+                    checkpoints.end_epoch(row)
+                print_row(row, header=len(checkpoints.history.epochs) == 1)
+                if folder is not None and checkpoints.failure is None:
+                    update_events()  # which are a view of the history
         except Stopped:
             with signals.held():
-                kept.save()
+                checkpoints.save()
             raise
-    if kept.failure:
-        raise kept.failure
-    return kept.history
+    checkpoints.raise_failure()
+    return checkpoints.history
 
 
-def train_settings_of(device, loader, max_batches, *, precision, **options) -> dict:
-    """What must be the same when a training is continued; the precision as the device resolves it."""
+def resumable(settings: TrainSettings, loader, max_batches: int | None) -> dict:
+    """What must be the same when a training is continued, as plain data."""
     return {
-        "precision": name_of(pick_precision(precision, device)),
-        **options,
+        **asdict(settings),
+        "precision": name_of(settings.precision),
         "steps_per_epoch": min(len(loader), max_batches or len(loader)),
     }
 
 
+def loaders_due(val_loader, test_loader, last: bool) -> dict[str, Iterable]:
+    """The loaders to evaluate after an epoch, by part; beside a `val_loader` the test set comes last."""
+    if val_loader is None:
+        return {"test": test_loader}
+    return {"val": val_loader, "test": test_loader} if last else {"val": val_loader}
+
+
 def evaluate(
-    model,
-    device,
-    val_loader,
-    test_loader,
-    epochs,
-    precision,
-    max_batches,
-    tta,
+    model: nn.Module,
+    device: torch.device,
+    loaders: dict[str, Iterable],
     epoch_state: EpochState,
-    start: float,
-) -> Epoch:
-    """Evaluate the weights at the end of an epoch that began at `start`, and put its row together."""
+    last: bool,
+    **options,
+) -> dict[str, Stats]:
+    """Loss and accuracy of an epoch's training and of each loader; `options` as in `forward_all`."""
     stats = {"train": epoch_state.stats()}
-    loaders = {"val": val_loader, "test": test_loader}
-    if val_loader is None or epoch_state.epoch < epochs:
-        del loaders["val" if val_loader is None else "test"]
     for part, loader in loaders.items():
-        logits, labels = forward_all(model, device, loader, precision, max_batches, tta)
+        logits, labels = forward_all(model, device, loader, **options)
         stats[part] = score(logits, labels)
-        warn_if_dead(epoch_state, part, stats[part], logits, last=epoch_state.epoch == epochs)
-    seconds, speed = time.perf_counter() - start, epoch_state.images / epoch_state.seconds
-    return make_row(epoch_state.epoch, epoch_state.lrs[-1], stats, seconds, speed)
+        warn_if_dead(epoch_state, part, stats[part], logits, last)
+    return stats
 
 
 def to_device(images, labels, device: torch.device):

@@ -53,7 +53,7 @@ def read_finder(folder: Path) -> LRFinderResult | None:
         raise ValueError(f"{path} is not what a run writes ({error})") from None
 
 
-def find_lr(
+def find_lr(  # noqa: PLR0913
     model: nn.Module,
     device: torch.device,
     train_loader: DataLoader,

@@ -34,17 +34,21 @@ def progress(loader, epoch_state: EpochState, max_batches: int | None):
     )
 
 
-def make_row(epoch: int, lr: float, stats: dict[str, Stats], seconds: float, speed: float) -> Epoch:
-    """An `Epoch` from the stats of each part that was measured.
+def make_row(epoch_state: EpochState, stats: dict[str, Stats], seconds: float) -> Epoch:
+    """The row of an epoch that took `seconds`, from the stats of each part that was measured.
 
     Raises:
         FloatingPointError: one of them is not finite, as after an update that ruined the weights.
     """
+    epoch = epoch_state.epoch
     for part, (loss, _) in stats.items():
         if not math.isfinite(loss):
             raise FloatingPointError(f"the {part} loss is {loss} after epoch {epoch}; {LR_HINT}")
     columns = {f"{part}_{name}": x for part, s in stats.items() for name, x in s._asdict().items()}
-    return Epoch(epoch=epoch, lr=lr, seconds=seconds, images_per_second=speed, **columns)
+    speed = epoch_state.images / epoch_state.seconds
+    return Epoch(
+        epoch=epoch, lr=epoch_state.lrs[-1], seconds=seconds, images_per_second=speed, **columns
+    )
 
 
 def print_row(row: Epoch, header: bool) -> None:
