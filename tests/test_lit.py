@@ -3,6 +3,7 @@ import pytest
 import torch
 
 import main
+import models
 import utils
 from config import Config
 from data import make_loaders
@@ -61,7 +62,7 @@ def fit_plainly(config):
     """The same run by `fit_model`."""
     loaders = make_loaders(config)
     utils.seed_everything(config.seed)
-    model = main.make_model(config.model, 10, **config.model_options)
+    model = models.make_model(config.model, 10, **config.model_options)
     optimizer = main.make_optimizer(config.optimizer, model, config.lr, **config.optimizer_options)
     steps = config.max_train_batches
     options = {"epochs": config.epochs, "steps_per_epoch": steps, "peak_epoch": config.peak_epoch}

@@ -17,12 +17,12 @@ from torch.utils.data import DataLoader, Dataset, TensorDataset
 import data
 import main
 import models
+import run
 import sources
 import utils
 from checkpoint import load_weights, save_weights
 from config import Config, parse_config
 from data import make_loader
-from run import claim_folder, prepare, test_images
 from sources import cifar10
 from sources.split import statistics
 from training import lr_finder, optim
@@ -324,7 +324,7 @@ def test_the_weights_in_the_repository_are_as_good_as_their_card_says(capsys):
     said = re.search(r"sample in the repository \|.* ([\d.]+)% in fp32", card)[1]
     model, facts = load_weights("custom_resnet")
     config = Config(**facts["config"] | {"dataset": "cifar10-sample"})
-    _, loader = test_images(config, facts, CPU)
+    _, loader = run.test_images(config, facts, CPU)
     stats = main.test(model, CPU, loader, precision="fp32", tta=config.tta)
     assert 100 * stats.accuracy == pytest.approx(float(said), abs=0.21)  # two images, for other kernels
     file = Path(main.__file__).parent / "weights/custom_resnet.safetensors"
@@ -733,7 +733,7 @@ def test_weights_without_a_run_of_this_version_are_refused_in_one_line(finished,
 
 def test_two_runs_of_one_second_have_folders_of_their_own(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    folders = {claim_folder(Config()) for _ in range(3)}
+    folders = {run.claim_folder(Config()) for _ in range(3)}
     assert len(folders) == 3 and all(folder.is_dir() for folder in folders)
 
 
@@ -838,7 +838,7 @@ def test_a_run_with_worker_processes_reports_too(tmp_path):
 def test_deterministic_kernels_are_asked_for(tmp_path, monkeypatch):
     monkeypatch.setattr(torch.backends.cudnn, "deterministic", False)
     monkeypatch.setattr(torch.backends.cudnn, "benchmark", True)
-    prepare(parse_config([*SMOKE, "--deterministic", "--output", str(tmp_path / "r")]))
+    run.prepare(parse_config([*SMOKE, "--deterministic", "--output", str(tmp_path / "r")]))
     assert torch.backends.cudnn.deterministic and not torch.backends.cudnn.benchmark
 
 
