@@ -183,6 +183,7 @@ def test_the_comparison_sees_a_lost_momentum(sample, uninterrupted, tmp_path, mo
     assert run(sample, tmp_path, resume=True) != uninterrupted
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stop_at", [2, 3, 6])
 def test_a_stopped_run_goes_on_with_the_average_that_it_had(sample, tmp_path, stop_at):
     whole = run(sample, tmp_path / "whole", ema_decay=0.9)
@@ -594,6 +595,7 @@ SMOKE = (
 ).split()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "change",
     [
@@ -724,6 +726,7 @@ def files_equal(one, other, name):
     return (one / "figures" / name).read_bytes() == (other / "figures" / name).read_bytes()
 
 
+@pytest.mark.slow
 def test_a_run_killed_in_mid_epoch_and_resumed_ends_with_the_same_files(finished, tmp_path):
     process = start(tmp_path / "r")
     wait_for(lambda: newest(tmp_path / "r") >= 2)
@@ -753,6 +756,7 @@ def test_a_range_test_is_run_once_and_again_only_for_another_run(tmp_path, monke
         assert len(calls) == expected
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_saves_and_exits_with_128_and_its_number(number, tmp_path):
     process = start(tmp_path / "r")

@@ -60,6 +60,7 @@ def test_the_notebook_is_kept_with_the_outputs_of_a_whole_run_and_no_widgets(nam
     assert str(ROOT) not in json.dumps(notebook)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", RECIPES)
 def test_the_notebook_runs_from_top_to_bottom_on_the_sample(name, tmp_path, monkeypatch):
     monkeypatch.setenv("RUN_FLAGS", f"--recipe {RECIPES[name]} {SMOKE} --output {tmp_path / 'run'}")
