@@ -34,7 +34,6 @@ import torch
 from torchvision.datasets import cifar
 
 import checkpoint
-import data
 import main
 import models
 import sources
@@ -562,7 +561,7 @@ def plain_loop_with_nan() -> int:
 def races(rounds: int, processes: int = 8) -> Row:
     """Processes that start at once on an empty data folder."""
     outcomes = [race(processes) for _ in range(rounds)]
-    with swapped(vars(data), "FileLock", lambda path: contextlib.nullcontext()):
+    with swapped(vars(cifar10), "FileLock", lambda path: contextlib.nullcontext()):
         unguarded = [race(processes) for _ in range(3)]
     most = max(len(waiting) for _, waiting in unguarded)
     return Row(
@@ -586,7 +585,7 @@ def race(processes: int) -> tuple[int, list[int]]:
     hashes = {name: hashlib.sha256(content).hexdigest() for name, content in records.items()}
     with tempfile.TemporaryDirectory() as root:
         asked, downloads = Path(root) / "asked", Path(root) / "downloads"
-        lock = data.FileLock
+        lock = cifar10.FileLock
 
         def noted(path):
             append(asked, b"x")
@@ -602,7 +601,7 @@ def race(processes: int) -> tuple[int, list[int]]:
         small_one = {"CIFAR10_SHA256": hashes, "cifar10_sources": lambda root: [("stand-in", source)]}
         with contextlib.ExitStack() as stack:
             for name, value in (small_one | {"FileLock": noted}).items():
-                stack.enter_context(swapped(vars(data), name, value))
+                stack.enter_context(swapped(vars(cifar10), name, value))
             forked = multiprocessing.get_context("fork")
             workers = [forked.Process(target=fetch, args=(root,)) for _ in range(processes)]
             for worker in workers:
