@@ -61,6 +61,7 @@ def texts(markup):
     return [html.unescape(text) for text in re.findall("<figcaption>(.*?)</figcaption>", markup, re.S)]
 
 
+@pytest.mark.slow
 def test_importing_the_page_is_silent_and_asks_for_no_network():
     code = (
         "import socket\n"
@@ -195,6 +196,7 @@ def test_the_page_opens_on_the_weights_and_the_sample_of_the_repository():
     assert opened.predictions.accuracy > 0.9
 
 
+@pytest.mark.slow
 def test_a_run_on_one_s_own_images_is_shown_like_any_other(tmp_path, sample):
     for k in range(40):
         (tmp_path / "images" / f"kind <{k % 2}>").mkdir(parents=True, exist_ok=True)

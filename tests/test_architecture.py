@@ -84,6 +84,7 @@ def test_no_file_of_the_package_is_over_500_lines():
     assert [path.name for path, count in lines.items() if count > 500] == []
 
 
+@pytest.mark.slow
 def test_importing_everything_is_silent_and_asks_for_no_network_or_device():
     code = (
         "import socket, torch\n"

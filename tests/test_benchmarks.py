@@ -49,6 +49,7 @@ def test_input_compares_batches_and_workers_and_finds_what_the_library_repeats(t
     assert 0.47 < library <= 0.5  # both of its workers draw the same; a few draws coincide besides
 
 
+@pytest.mark.slow
 def test_step_compares_the_course_with_ours(tmp_path, capsys):
     result = result_of(step, tmp_path)
     check(result, ["the course's loop", "ours"], ["ours / the course's loop"])
@@ -75,6 +76,7 @@ def test_overhead_compares_fit_model_with_a_bare_loop_at_two_widths(tmp_path):
     )
 
 
+@pytest.mark.slow
 def test_start_sees_what_an_import_brings_in(tmp_path, monkeypatch):
     monkeypatch.setattr(start, "first_step", lambda *flags: 1.0)  # seconds, each
     result = result_of(start, tmp_path)
@@ -83,12 +85,14 @@ def test_start_sees_what_an_import_brings_in(tmp_path, monkeypatch):
     assert result["rows"][2]["median"] > result["rows"][0]["median"]
 
 
+@pytest.mark.slow
 def test_the_first_update_of_a_command_is_seen_and_a_failing_command_is_no_time():
     assert start.first_step("--recipe", "demo", "--width", "4", "--lr", "0.01") > 0
     with pytest.raises(RuntimeError, match="exit code 1: no"):
         start.seconds_of("raise SystemExit('no')")
 
 
+@pytest.mark.slow
 def test_peers_make_the_same_updates_from_the_same_weights(tmp_path):
     result = result_of(peers, tmp_path, "--only", "plain loop")
     check(result, ["plain loop", "ours"], ["ours / plain loop"])
@@ -209,6 +213,7 @@ def test_a_run_that_fails_is_an_error_and_no_result(fake_main, tmp_path):
         time_to_accuracy.main(["--recipe", "quick", "--output", str(tmp_path)])
 
 
+@pytest.mark.slow
 def test_a_real_command_is_measured_and_one_over_its_time_is_stopped(tmp_path, monkeypatch):
     monkeypatch.setattr(time_to_accuracy, "RUNS", tmp_path / "runs")
     assert not time_to_accuracy.run_seed("demo", 0, gpu.TINY, tmp_path, time.monotonic())
@@ -246,6 +251,7 @@ def test_a_run_that_does_not_stop_when_told_to_is_made_to(monkeypatch):
 # The programme for a GPU
 
 
+@pytest.mark.slow
 def test_the_programme_for_a_gpu_does_everything_once_and_names_what_failed(fake_main, tmp_path, capsys):
     command = ["--smoke", "--device", "cpu", "--rounds", "1", "--seeds", "2", "--output", str(tmp_path)]
     assert gpu.main(command) == 1
@@ -326,6 +332,7 @@ def test_every_result_has_its_one_table_on_a_page():
     assert [name for _, name, _ in tables.MARKERS.findall(texts[0])] == ["accuracy"]
 
 
+@pytest.mark.slow
 def test_a_table_comes_from_its_file_and_leaves_the_rest_of_the_text_alone(tmp_path):
     text = "before\n<!-- bench:step -->\nold\n<!-- end -->\n"
     text += "between\n<!-- bench:peers -->\n<!-- end -->\nafter"
@@ -340,6 +347,7 @@ def test_a_table_comes_from_its_file_and_leaves_the_rest_of_the_text_alone(tmp_p
     assert tables.fill(filled, tmp_path) == filled
 
 
+@pytest.mark.slow
 def test_a_result_of_tiny_settings_is_refused(tmp_path):
     result_of(step, tmp_path)
     with pytest.raises(ValueError, match="tiny settings"):

@@ -768,6 +768,7 @@ def test_a_signal_saves_and_exits_with_128_and_its_number(number, tmp_path):
     assert load_checkpoint(tmp_path / "r/checkpoints")["epoch_state"]["epoch"] in (1, 2, 3)
 
 
+@pytest.mark.slow
 def test_a_folder_that_another_process_uses_is_refused_until_that_one_is_killed(
     sample, tmp_path, capsys
 ):
@@ -807,6 +808,7 @@ def test_a_folder_on_a_drive_without_locks_is_used_all_the_same(
     assert run(sample, tmp_path) == uninterrupted
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_to_all_processes_of_a_run_with_workers_saves_too(number, tmp_path):
     process = start(tmp_path / "r", "--workers", "2")

@@ -520,6 +520,7 @@ def test_a_dataset_has_its_own_statistics_and_classes_and_digits_are_not_mirrore
     assert (loaders.train.dataset.program.flip == 0) == (name == "svhn")
 
 
+@pytest.mark.slow
 def test_a_dataset_trains_tests_and_reports(made, tmp_path, capsys):
     name, files, splits = made
     flags = "--width 4 --batch-size 8 --epochs 1 --lr 0.01 --precision fp32".split()

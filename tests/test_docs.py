@@ -44,6 +44,7 @@ def anchors_of(text):
     return {re.sub(r"[^\w -]", "", head.lower()).replace(" ", "-") for head in heads}
 
 
+@pytest.mark.slow
 # Of Lightning and of PyTorch's exporter themselves.
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
 @pytest.mark.parametrize("name", [name for name, text in TEXTS.items() if BLOCKS.search(text)])

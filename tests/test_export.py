@@ -44,6 +44,7 @@ def run(content, format, images):
     return (export.run_onnx if format == "onnx" else export.run_torch)(content)(images)
 
 
+@pytest.mark.slow
 def test_an_exported_network_takes_pixels_and_answers_as_the_model_does(format, sample, tmp_path):
     torch.manual_seed(0)
     model = models.make_model("resnet18", width=8)

@@ -319,6 +319,7 @@ def test_a_run_judged_with_mirror_images_is_so_after_every_epoch(loaders):
     assert evaluated.loss != main.test(model, CPU, loaders[1], precision="fp32").loss
 
 
+@pytest.mark.slow
 def test_the_weights_in_the_repository_are_as_good_as_their_card_says(capsys):
     card = (Path(main.__file__).parent / "weights/custom_resnet.md").read_text()
     said = re.search(r"sample in the repository \|.* ([\d.]+)% in fp32", card)[1]
@@ -612,6 +613,7 @@ def test_predict_names_the_most_probable_classes(finished, tmp_path, sample, cap
     assert lines[0] == f"{paths[0]}: {', '.join(best)}" and len(lines) == 2
 
 
+@pytest.mark.slow
 def test_find_lr_writes_its_figure_and_suggestions(tmp_path, capsys):
     flags = "--dataset cifar10-sample --width 4 --batch-size 64 --precision fp32".split()
     assert main.main(["find-lr", *flags, "--output", str(tmp_path / "f")]) == 0
@@ -619,6 +621,7 @@ def test_find_lr_writes_its_figure_and_suggestions(tmp_path, capsys):
     assert re.search(r"range test, \d+ steps: start \S+, steepest", capsys.readouterr().out)
 
 
+@pytest.mark.slow
 def test_a_found_rate_is_the_peak_of_the_run_and_start_its_first(tmp_path, monkeypatch):
     found = lr_finder.LRFinderResult(
         [1e-4, 1e-3],
@@ -633,11 +636,13 @@ def test_a_found_rate_is_the_peak_of_the_run_and_start_its_first(tmp_path, monke
     assert "LRMIN 5.000e-04 to LRMAX" in (tmp_path / "r/report.md").read_text()
 
 
+@pytest.mark.slow
 def test_a_constant_rate_needs_no_schedule(tmp_path):
     assert main.main([*SMOKE, "--scheduler", "none", "--output", str(tmp_path / "r")]) == 0
     assert utils.History.load(tmp_path / "r").lrs == [0.01] * 6
 
 
+@pytest.mark.slow
 def test_a_report_can_be_written_again(finished, capsys):
     before = (finished / "report.md").read_text()
     (finished / "report.md").unlink()
@@ -773,6 +778,7 @@ def test_a_folder_of_images_of_any_kind_trains_and_reports(mine, trained_on_mine
         assert ", ".join(f"{value:.8f}" for value in values) in text
 
 
+@pytest.mark.slow
 def test_a_run_on_a_folder_is_tested_used_and_reported_again(mine, trained_on_mine, tmp_path, capsys):
     run = shutil.copytree(trained_on_mine, tmp_path / "r")
     before = (run / "report.md").read_text(encoding="utf-8")
@@ -830,6 +836,7 @@ def test_a_run_is_not_tested_on_what_a_changed_folder_lends_it_of_its_training(
     assert main.main(["test", str(trained_on_mine)]) == 0
 
 
+@pytest.mark.slow
 def test_a_run_with_worker_processes_reports_too(tmp_path):
     assert main.main([*SMOKE, "--workers", "1", "--output", str(tmp_path / "r")]) == 0
     assert (tmp_path / "r/figures/samples.png").is_file()

@@ -143,6 +143,7 @@ def test_the_confusion_matrix_keeps_classes_that_never_occur():
     assert len(figure.axes[0].texts) == 100
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("count", "widest"), [(100, 20), (700, 41)])
 def test_many_classes_fit_a_figure_without_overlap(count, widest):
     labels = np.arange(count)
