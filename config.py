@@ -52,13 +52,14 @@ RECIPES = {
 }
 
 
-def setting(default, help: str, group: str = ""):
+def setting(default, help: str, group: str = "", low: float | None = None, high: float = math.inf):
     """A field with its one default and its one help text, of one line at 100 columns.
 
     Args:
         group: title of the part of --help that begins here; the fields that follow belong to it.
+        low, high: least and greatest value of a number; without a `low` it is not checked here.
     """
-    return field(default=default, metadata={"help": help, "group": group})
+    return field(default=default, metadata={"help": help, "group": group, "range": (low, high)})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,47 +71,61 @@ class Config:
     """
 
     model: str = setting("custom_resnet", "network", group="model")
-    width: int = setting(64, "channels of the first layer; of a ResNet 8 or more")
-    dropout: float = setting(0.0, "probability before the linear layer; custom_resnet only")
+    width: int = setting(64, "channels of the first layer; of a ResNet 8 or more", low=1, high=1024)
+    dropout: float = setting(
+        0.0, "probability before the linear layer; custom_resnet only", low=0, high=0.99
+    )
     bias: bool = setting(False, "biases in the convolutions; custom_resnet only")
     dataset: str = setting("cifar10", "", group="data")
     data: str = setting("datasets", "folder that holds the dataset, or to download it to")
-    image_size: int = setting(32, "side that a folder's images are resized to, pixels")
-    val_split: float = setting(0.0, "fraction of the training images held out for validation")
-    epochs: int = setting(24, "passes over the training images", group="training")
-    batch_size: int = setting(512, "images per step")
+    image_size: int = setting(32, "side that a folder's images are resized to, pixels", low=8, high=1024)
+    val_split: float = setting(
+        0.0, "fraction of the training images held out for validation", low=0, high=0.9
+    )
+    epochs: int = setting(24, "passes over the training images", group="training", low=1)
+    batch_size: int = setting(512, "images per step", low=2)
     optimizer: str = setting("adam", "update rule, sgd and muon with momentum 0.9")
-    weight_decay: float = setting(0.0, "L2 penalty, not on norms and biases; decoupled with adamw, muon")
-    head_lr_scale: float = setting(1.0, "learning rate of the last linear layer / the others'")
+    weight_decay: float = setting(
+        0.0, "L2 penalty, not on norms and biases; decoupled with adamw, muon", low=0
+    )
+    head_lr_scale: float = setting(
+        1.0, "learning rate of the last linear layer / the others'", low=1e-6, high=1e6
+    )
     scheduler: str = setting("onecycle", "learning-rate schedule")
     lr: float | None = setting(None, "peak learning rate; none: found by the range test")
     lr_rule: str = setting("minimum", "range test's suggestion")
-    peak_epoch: float = setting(5.0, "epoch at whose end the rate peaks; at 0.3 of a shorter run")
-    label_smoothing: float = setting(0.0, "share of each target spread over all classes")
-    ema_decay: float = setting(0.0, "decay of a moving average of the weights (EMA); 0: none")
+    peak_epoch: float = setting(5.0, "epoch at whose end the rate peaks; at 0.3 of a shorter run", low=0)
+    label_smoothing: float = setting(
+        0.0, "share of each target spread over all classes", low=0, high=0.99
+    )
+    ema_decay: float = setting(
+        0.0, "decay of a moving average of the weights (EMA); 0: none", low=0, high=0.9999
+    )
     padding: int = setting(
-        4, "reflected border before the random crop, pixels; 0: no crop", group="augmentation"
+        4, "reflected border before the random crop, pixels; 0: no crop", group="augmentation", low=0
     )
     flip: bool | None = setting(None, "mirror half of the images; svhn's digits only with --flip")
-    cutout: int = setting(8, "side of the erased square, pixels; 0: none")
-    grayscale: float = setting(0.0, "probability of turning an image grey")
+    cutout: int = setting(8, "side of the erased square, pixels; 0: none", low=0)
+    grayscale: float = setting(0.0, "probability of turning an image grey", low=0, high=1)
     tta: bool = setting(False, "evaluate by the mean logits of each image and its mirror image")
     workers: int = setting(
         0,
         "data-loading processes; 0: whole batches, with other random numbers",
         group="where and how it runs",
+        low=0,
+        high=256,
     )
     precision: str = setting("auto", "number format of the forward pass")
     compile: bool = setting(False, "torch.compile the network: slow at first; meant for a GPU")
     device: str = setting("auto", "cpu, cuda, cuda:1, mps; auto: the fastest there is")
-    seed: int = setting(0, "of weights, order and augmentation")
+    seed: int = setting(0, "of weights, order and augmentation", low=0, high=2**32 - 1)
     deterministic: bool = setting(False, "on CUDA, only kernels that repeat to the bit; slower")
     output: str | None = setting(None, "run folder; none: runs/MODEL-DATASET-TIME")
     resume: bool = setting(False, "continue the run in --output from its newest whole checkpoint")
     mirror: str | None = setting(None, "second folder for checkpoints, such as one on a mounted drive")
-    checkpoint_seconds: float = setting(60.0, "time between checkpoints within an epoch")
-    max_train_batches: int | None = setting(None, "training batches per epoch, for a smoke run")
-    max_test_batches: int | None = setting(None, "test batches per evaluation, for a smoke run")
+    checkpoint_seconds: float = setting(60.0, "time between checkpoints within an epoch", low=0)
+    max_train_batches: int | None = setting(None, "training batches per epoch, for a smoke run", low=1)
+    max_test_batches: int | None = setting(None, "test batches per evaluation, for a smoke run", low=1)
 
     def __post_init__(self):
         if self.flip is None:
@@ -123,8 +138,8 @@ class Config:
                 raise ValueError(f"{name} must be {wanted}, not {value!r}")
         for name, choices in CHOICES.items():
             choose(name, getattr(self, name), choices)
-        for name, low, high in _RANGES:
-            _in_range(name, getattr(self, name), low, high)
+        for item in fields(self):
+            _in_range(item.name, getattr(self, item.name), *item.metadata["range"])
         if self.lr is not None and not (math.isfinite(self.lr) and self.lr > 0):
             raise ValueError(f"lr must be positive and finite, not {self.lr}")
         if self.resume and not self.output:
@@ -166,36 +181,12 @@ class Config:
         return {name: getattr(self, name) for name in names}
 
 
-# Field, least and greatest value.
-_RANGES = (
-    ("width", 1, 1024),
-    ("dropout", 0, 0.99),
-    ("image_size", 8, 1024),
-    ("val_split", 0, 0.9),
-    ("epochs", 1, math.inf),
-    ("batch_size", 2, math.inf),  # one image alone has no batch statistics
-    ("weight_decay", 0, math.inf),
-    ("head_lr_scale", 1e-6, 1e6),
-    ("peak_epoch", 0, math.inf),
-    ("label_smoothing", 0, 0.99),
-    ("ema_decay", 0, 0.9999),
-    ("padding", 0, math.inf),
-    ("cutout", 0, math.inf),
-    ("grayscale", 0, 1),
-    ("workers", 0, 256),
-    ("seed", 0, 2**32 - 1),
-    ("checkpoint_seconds", 0, math.inf),
-    ("max_train_batches", 1, math.inf),
-    ("max_test_batches", 1, math.inf),
-)
-
-
-def _in_range(name: str, value, low, high) -> None:
-    if value is None:
+def _in_range(name: str, value, low: float | None, high: float) -> None:
+    """Refuse a number that is too small or too large."""
+    if value is None or low is None or low <= value <= high:
         return
-    if not low <= value <= high:
-        upper = "" if high == math.inf else f" and at most {high}"
-        raise ValueError(f"{name} must be at least {low}{upper}, not {value}")
+    upper = "" if high == math.inf else f" and at most {high}"
+    raise ValueError(f"{name} must be at least {low}{upper}, not {value}")
 
 
 def make_parser(prog: str, description: str, usage: str | None = None) -> argparse.ArgumentParser:

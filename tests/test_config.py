@@ -5,10 +5,15 @@ from dataclasses import fields
 import pytest
 
 from config import CHOICES, RECIPES, Config, command_of, parse_config
+from training.optim import OPTIMIZERS
 
 
 def test_no_flags_are_the_defaults():
     assert parse_config([]) == Config()
+
+
+def test_the_optimizers_to_choose_from_are_those_that_can_be_made():
+    assert CHOICES["optimizer"] == OPTIMIZERS
 
 
 def help_of(capsys, monkeypatch):
