@@ -30,7 +30,7 @@ from utils import History, environment, get_device, name_of, pick_precision, see
 def predict_images(
     model: nn.Module, device: torch.device, images: np.ndarray, card: dict, precision: str | None = None
 ) -> np.ndarray:
-    """Class probabilities (N, K) of images uint8 (N, H, W, 3), as the run of a weights' card judges.
+    """Class probabilities (N, K) of images uint8 (N, H, W, 3), computed as a weights' card describes.
 
     Args:
         precision: another than the run's.

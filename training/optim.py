@@ -152,9 +152,8 @@ class Muon(torch.optim.Optimizer):
             grads = [p.grad for p in params]
             if scale is not None:
                 grads = torch._foreach_div(grads, scale)
-            settings = {name: group[name] for name in ("lr", "weight_decay", "momentum")}
             update = muon_update if group["orthogonal"] else sgd_update
-            update(params, grads, self._buffers(params), **settings, found_inf=found_inf)
+            update(params, grads, self._buffers(params), group, found_inf)
         return loss
 
     def _buffers(self, params: list[torch.Tensor]) -> list[torch.Tensor]:
@@ -169,21 +168,19 @@ def muon_update(
     params: list[torch.Tensor],
     grads: list[torch.Tensor],
     buffers: list[torch.Tensor],
-    *,
-    lr: float,
-    weight_decay: float,
-    momentum: float,
+    group: dict,
     found_inf: torch.Tensor | None,
 ) -> None:
     """Move `params` by their Nesterov momentum made orthogonal, and shrink them by lr x weight_decay.
 
     Args:
         buffers: momentum of each parameter, updated in place.
+        group: "lr", "weight_decay" and "momentum" of the parameters.
         found_inf: above 0 where nothing may move; none: everything moves.
     """
-    moved = torch._foreach_mul(buffers, momentum)
+    moved = torch._foreach_mul(buffers, group["momentum"])
     torch._foreach_add_(moved, grads)
-    ahead = torch._foreach_mul(moved, momentum)
+    ahead = torch._foreach_mul(moved, group["momentum"])
     torch._foreach_add_(ahead, grads)
     # In each parameter's own number format and memory layout, which the fused kernel reads.
     directions = [
@@ -194,7 +191,7 @@ def muon_update(
         moved = [torch.where(found_inf > 0, old, new) for old, new in zip(buffers, moved, strict=True)]
     torch._foreach_copy_(buffers, moved)
     settings = {"momentum": 0.0, "dampening": 0.0, "nesterov": False, "maximize": False}
-    settings |= {"lr": lr, "weight_decay": weight_decay}
+    settings |= {name: group[name] for name in ("lr", "weight_decay")}
     sgd(params, directions, [], fused=True, found_inf=found_inf, **settings)
 
 
@@ -202,15 +199,12 @@ def sgd_update(
     params: list[torch.Tensor],
     grads: list[torch.Tensor],
     buffers: list[torch.Tensor],
-    *,
-    lr: float,
-    weight_decay: float,
-    momentum: float,
+    group: dict,
     found_inf: torch.Tensor | None,
 ) -> None:
     """Move `params` by SGD with Nesterov momentum and an L2 penalty; arguments as in `muon_update`."""
-    settings = {"momentum": momentum, "dampening": 0.0, "nesterov": True, "maximize": False}
-    settings |= {"lr": lr, "weight_decay": weight_decay}
+    settings = {"dampening": 0.0, "nesterov": True, "maximize": False}
+    settings |= {name: group[name] for name in ("lr", "weight_decay", "momentum")}
     sgd(params, grads, buffers, fused=True, found_inf=found_inf, **settings)
 
 
