@@ -6,6 +6,7 @@ import io
 import json
 import math
 import time
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 
@@ -108,30 +109,34 @@ def set_aside(path: Path) -> str:
 
 
 class Checkpoints:
-    """The checkpoints of one run: what they hold, where they go, and when the next is due.
+    """Where the files of one training go, whether it goes on from them, and when the next is due.
 
     Args:
-        folder: of the run, or None to keep nothing.
-        parts: what has a state_dict, by name: model, ema_model, optimizer, scheduler, scaler.
-        card: of the run; its `config` must be the same when the run is continued.
-        train_settings: about the training, plain data; the same when the run is continued.
-        mirror: a second folder for copies.
-        seconds: between two checkpoints.
-        check: called with the epoch's state before it is saved; raises if a loss was not finite.
+        folder: for checkpoints, history, TensorBoard events and, if there is a `card`, weights; None
+            keeps nothing.
+        card: goes with the weights, see `save_weights`; its "config" and "data_sha256" must be the same
+            when the training is continued.
+        resume: go on from the newest whole checkpoint in `folder` or `mirror`, if there is one. The
+            result is that of an uninterrupted run, bit for bit, on the same versions and device.
+        mirror: a second folder for checkpoints.
+        seconds: between checkpoints within an epoch; there is one after each epoch too.
 
-    `history` and `epoch_state` say how far the run has come. From `start` to the end of the `with`
-    block, no other process can use the folder.
+    `fit_model` does the rest. `history` and `epoch_state` say how far it has come. From `start` to the
+    end of the `with` block, no other process can use the folder.
     """
 
-    def __init__(self, folder, parts: dict, card, train_settings: dict, mirror, seconds: float, check):
-        self.run = folder and Path(folder)
-        self.folder = folder and Path(folder) / "checkpoints"
-        self.parts = {name: part for name, part in parts.items() if part is not None}
-        self.card, self.train_settings, self.mirror, self.seconds = card, train_settings, mirror, seconds
-        self.check = check
-        self.saved = time.monotonic()
-        self.machine: dict[str, str] = {}
-        self.failure: OSError | None = None
+    def __init__(
+        self,
+        folder: str | Path | None = None,
+        card: dict | None = None,
+        *,
+        resume: bool = False,
+        mirror: str | Path | None = None,
+        seconds: float = 60.0,
+    ):
+        self.run = None if folder is None else Path(folder)
+        self.folder = None if folder is None else Path(folder) / "checkpoints"
+        self.card, self.resume, self.mirror, self.seconds = card, resume, mirror, seconds
 
     @property
     def steps(self) -> int:
@@ -145,32 +150,47 @@ class Checkpoints:
         if self.run is not None:
             unlock_folder(self.run)
 
-    def start(self, resume: bool, device: torch.device) -> "Checkpoints":
+    def start(
+        self,
+        parts: dict,
+        train_settings: dict,
+        device: torch.device,
+        check: Callable[[EpochState], None],
+    ) -> "Checkpoints":
         """Begin with the newest checkpoint, or at the beginning; returns itself, to be used by `with`.
+
+        Args:
+            parts: what has a state_dict, by name: model, ema_model, optimizer, scheduler, scaler.
+            train_settings: about the training, plain data; the same when it is continued.
+            check: called with the epoch's state before it is saved; raises if a loss was not finite.
 
         Raises:
             ValueError: the checkpoint is another run's, there is one and it is not to be continued, or
                 another process uses the folder.
         """
+        self.parts = {name: part for name, part in parts.items() if part is not None}
+        self.train_settings, self.check = train_settings, check
         self.history, self.epoch_state = History(), EpochState.of(1, device)
+        self.saved = time.monotonic()
+        self.failure: OSError | None = None
         self.machine = {"device": device.type, **environment(device)}
         if self.folder is None:
             return self
         self.folder.mkdir(parents=True, exist_ok=True)
         lock_folder(self.run)
         with unlocked_on_error(self.run):
-            self.begin(resume, device)
+            self.begin(device)
         return self
 
-    def begin(self, resume: bool, device: torch.device) -> None:
+    def begin(self, device: torch.device) -> None:
         """`start`, in a folder that is this process's own."""
-        if not resume:
+        if not self.resume:
             for folder in (self.folder, self.mirror):
                 if folder is not None and any(Path(folder).glob("step-*.ckpt")):
                     raise ValueError(f"{folder} holds a run; resume it, or choose another folder")
-        state = load_checkpoint(self.folder, self.mirror) if resume else None
+        state = load_checkpoint(self.folder, self.mirror) if self.resume else None
         if state is None:
-            if resume:
+            if self.resume:
                 print(f"nothing to resume in {self.folder}: the run begins")
             self.save()  # step 0: a run that fails early can start again from the same initial weights
             return

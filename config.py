@@ -176,9 +176,12 @@ class Config:
     def fit_options(self) -> dict:
         """The keyword arguments of `fit_model` that are plain fields."""
         names = ("precision", "label_smoothing", "ema_decay", "seed", "compile", "tta")
-        names += ("max_train_batches", "max_test_batches")
-        names += ("resume", "mirror", "checkpoint_seconds")
         return {name: getattr(self, name) for name in names}
+
+    @property
+    def checkpoint_options(self) -> dict:
+        """The keyword arguments of `Checkpoints` that are plain fields."""
+        return {"resume": self.resume, "mirror": self.mirror, "seconds": self.checkpoint_seconds}
 
 
 def _in_range(name: str, value, low: float | None, high: float) -> None:

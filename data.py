@@ -43,7 +43,7 @@ ORDER, AUGMENTATION = 0, 1
 
 
 class EpochSampler(Sampler):
-    """The keys (epoch, batch) of an epoch's batches, which a dataset turns into images.
+    """The keys (epoch, batch) of an epoch's `batches`, which a dataset turns into images.
 
     `set_epoch` chooses the epoch and, to go on in the middle of it, the first batch. A complete pass
     moves on to the next epoch by itself; a look at the first batches does not (but worker processes
@@ -228,6 +228,8 @@ def make_loader(split: Split, transform, device, config: Config, shuffle: bool =
     program, reason = vectorize(transform)
     size = config.batch_size
     batches = len(split) // size if shuffle else -(-len(split) // size)
+    limit = config.max_train_batches if shuffle else config.max_test_batches
+    batches = min(batches, limit or batches)
     # A generator of its own: a DataLoader without one draws from the global stream at every pass.
     common = {"sampler": EpochSampler(batches), "batch_size": None, "generator": torch.Generator()}
     if program and not (shuffle and config.workers):

@@ -141,9 +141,7 @@ def trainer_options(config: Config) -> dict:
         "accelerator": device.type,
         "devices": [device.index or 0] if device.type == "cuda" else 1,
         "max_epochs": config.epochs,
-        "limit_train_batches": config.max_train_batches,
-        "limit_val_batches": config.max_test_batches if config.val_split else 0,
-        "limit_test_batches": config.max_test_batches,
+        "limit_val_batches": None if config.val_split else 0,
         "log_every_n_steps": 10,
         "enable_model_summary": dtype == torch.float32,  # it warns of any other, and counts in 32 bits
     }

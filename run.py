@@ -13,7 +13,7 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader
 
-from checkpoint import check_same_run, load_checkpoint, load_weights
+from checkpoint import Checkpoints, check_same_run, load_checkpoint, load_weights
 from config import Config
 from data import Loaders, make_loader, make_loaders
 from files import lock_folder, unlocked_on_error, write_whole
@@ -130,8 +130,7 @@ def execute(config: Config, device, loaders: Loaders, model, optimizer, folder: 
         scheduler,
         config.epochs,
         val_loader=loaders.validation,
-        folder=folder,
-        card=make_card(config, loaders),
+        checkpoints=Checkpoints(folder, make_card(config, loaders), **config.checkpoint_options),
         **config.fit_options,
     )
     report_run(config, device, loaders, model, folder)
@@ -164,8 +163,7 @@ def range_test(
 
 def make_scheduler(config: Config, loaders: Loaders, optimizer, found: LRFinderResult | None):
     """Set the rate, given or found; returns the optimizer's scheduler, or None for a constant rate."""
-    steps = min(len(loaders.train), config.max_train_batches or len(loaders.train))
-    scheduler = schedule(config, optimizer, found, config.epochs, steps)
+    scheduler = schedule(config, optimizer, found, config.epochs, len(loaders.train))
     if scheduler is not None:
         group = optimizer.param_groups[0]
         print(f"one-cycle from {group['lr']:.3g} to {group['max_lr']:.3g} and down")
@@ -206,8 +204,7 @@ def report_run(config: Config, device, loaders: Loaders, model, folder: Path) ->
     """Predict the test set and write the run's report, then say where it is."""
     from report import write_report  # matplotlib takes a second, which a short command need not wait
 
-    options = {"precision": config.precision, "tta": config.tta, "max_batches": config.max_test_batches}
-    predictions = predict(model, device, loaders.test, **options)
+    predictions = predict(model, device, loaders.test, precision=config.precision, tta=config.tta)
     path = write_report(folder, model, loaders, predictions)
     images = f"{len(predictions.labels):,} images" + ", each with its mirror image" * config.tta
     print(f"test accuracy {predictions.accuracy:.2%} of {images}")
@@ -234,7 +231,8 @@ def test_images(
             f"the test images in {config.data} are not those of the run, which may have been trained "
             "on some of them; --data names images to test on"
         )
-    return split, make_loader(split, test_transform(card["mean"], card["std"]), device, config)
+    whole = replace(config, max_test_batches=None)
+    return split, make_loader(split, test_transform(card["mean"], card["std"]), device, whole)
 
 
 def read_files(folder: Path, *names: str) -> list:

@@ -92,7 +92,8 @@ class Bench:
         optimizer = make_optimizer("sgd", model, 1e-3)
         # In epoch 1 a single image goes first: a compiler would take the batch for one that varies.
         loader.sampler.set_epoch(2)
-        train(model, self.device, loader, optimizer, clock, max_batches=clock.updates)
+        loader.sampler.batches = clock.updates
+        train(model, self.device, loader, optimizer, clock)
         return self.steps * batch / clock.seconds
 
     def loading_seconds(self, loader) -> float:
@@ -156,12 +157,14 @@ def measure_synchronisations(bench: Bench, name: str) -> None:
         raise ValueError(f"{bench.device} has no synchronisations to count")
     loader, model = bench.loader(512), bench.model()
     optimizer = make_optimizer("adam", model)
-    train(model, bench.device, loader, optimizer, max_batches=3)
+    loader.sampler.batches = 3
+    train(model, bench.device, loader, optimizer)
     watch = Watch(bench.steps + 1)
     with warnings.catch_warnings(record=True) as seen:
         warnings.simplefilter("always")
         try:
-            train(model, bench.device, loader, optimizer, watch, max_batches=watch.steps)
+            loader.sampler.batches = watch.steps
+            train(model, bench.device, loader, optimizer, watch)
         finally:
             torch.cuda.set_sync_debug_mode("default")
     seen = [warning for warning in seen if "called a synchronizing" in str(warning.message)]

@@ -13,7 +13,6 @@ import statistics
 import tempfile
 import time
 from dataclasses import asdict
-from itertools import islice
 from pathlib import Path
 
 import torch
@@ -45,10 +44,10 @@ def prepare(config: Config, steps: int):
 def fit_seconds(config: Config, loaders: Loaders, steps: int) -> float:
     """Seconds that `fit_model` takes for some steps and a batch of evaluation."""
     parts = prepare(config, steps)
-    limits = {"max_train_batches": steps, "max_test_batches": 1}
+    loaders.train.sampler.batches = steps
     begin = time.perf_counter()
     with contextlib.redirect_stdout(io.StringIO()):
-        fit_model(parts[0], CPU, loaders.train, loaders.test, *parts[1:], epochs=1, **limits)
+        fit_model(parts[0], CPU, loaders.train, loaders.test, *parts[1:], epochs=1)
     return time.perf_counter() - begin
 
 
@@ -57,16 +56,17 @@ def bare_seconds(config: Config, loaders: Loaders, steps: int) -> float:
     model, optimizer, scheduler = prepare(config, steps)
     dtype = pick_precision("auto", CPU)
     loaders.train.sampler.set_epoch(1)
+    loaders.train.sampler.batches = steps
     begin = time.perf_counter()
     model.train()
-    for images, labels in islice(loaders.train, steps):
+    for images, labels in loaders.train:
         optimizer.zero_grad(set_to_none=True)
         with autocast(CPU, dtype):
             loss = F.cross_entropy(model(images), labels)
         loss.backward()
         optimizer.step()
         scheduler.step()
-    score(*forward_all(model, CPU, loaders.test, "auto", 1))
+    score(*forward_all(model, CPU, loaders.test, "auto"))
     return time.perf_counter() - begin
 
 
@@ -114,7 +114,7 @@ def a_row(epoch: int) -> Epoch:
 def compare(width: int, steps: int, given) -> tuple[list[dict], list[dict]]:
     """Rows and claims at one width."""
     sample = {"dataset": "cifar10-sample", "batch_size": 32} if given.smoke else {}
-    config = Config(width=width, **sample)
+    config = Config(width=width, max_test_batches=1, **sample)
     loaders = make_loaders(config)
     variants = {}
     for name, call in (("bare loop", bare_seconds), ("fit_model", fit_seconds)):

@@ -30,7 +30,7 @@ import main
 import models
 import sources
 import utils
-from checkpoint import load_checkpoint, save_checkpoint
+from checkpoint import Checkpoints, load_checkpoint, save_checkpoint
 from config import Config, parse_config
 from data import EpochSampler, Samples, make_loader, make_loaders
 from files import lock_folder, unlock_folder, write_whole
@@ -67,7 +67,13 @@ def run(
     device=CPU,
     **options,
 ):
-    """The small run, which a SIGTERM meets in its step `stop_at`; its outcome, or None if stopped."""
+    """The small run, which a SIGTERM meets in its step `stop_at`; its outcome, or None if stopped.
+
+    `options` are of `Checkpoints` or of `fit_model`.
+    """
+    about = {
+        name: options.pop(name) for name in ("card", "resume", "mirror", "seconds") if name in options
+    }
     torch.manual_seed(0)
     model = models.make_model("custom_resnet", width=4, dropout=0.2)
     optimizer = main.make_optimizer(optimizer, model, lr=0.01)
@@ -93,7 +99,7 @@ def run(
             scheduler,
             EPOCHS,
             val_loader=test_loader if validated else None,
-            folder=folder,
+            checkpoints=Checkpoints(folder, **about),
             **({"precision": "fp32"} | options),
         )
         return outcome(model, optimizer, history)
@@ -202,7 +208,7 @@ def test_a_refused_start_leaves_the_folder_to_others(sample, tmp_path):
 
 
 def test_looking_at_checkpoints_and_the_clock_changes_nothing(sample, uninterrupted, tmp_path):
-    assert run(sample, tmp_path, checkpoint_seconds=0) == uninterrupted
+    assert run(sample, tmp_path, seconds=0) == uninterrupted
 
 
 def test_resuming_a_finished_run_trains_no_more(sample, uninterrupted, tmp_path):
@@ -324,7 +330,7 @@ def test_events_after_a_resume_are_neither_lost_nor_doubled(sample, tmp_path):
 
 
 def test_at_least_two_checkpoints_are_kept_and_no_more(sample, tmp_path):
-    run(sample, tmp_path, checkpoint_seconds=0)
+    run(sample, tmp_path, seconds=0)
     names = sorted(path.name for path in (tmp_path / "checkpoints").iterdir())
     assert names == ["step-00000005.ckpt", "step-00000006.ckpt"]
 
@@ -922,7 +928,7 @@ def test_a_bad_number_is_noticed_before_a_checkpoint_is_written(sample, tmp_path
     model.linear.register_forward_hook(spoil)  # its first call is the check of the first batch
     with pytest.raises(FloatingPointError, match="epoch 1, step 2"):
         main.fit_model(
-            model, CPU, *loaders_of(sample, 0), optimizer, folder=tmp_path, checkpoint_seconds=0
+            model, CPU, *loaders_of(sample, 0), optimizer, checkpoints=Checkpoints(tmp_path, seconds=0)
         )
     assert load_checkpoint(tmp_path / "checkpoints")["epoch_state"]["steps"] == 1
 

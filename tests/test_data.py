@@ -795,6 +795,17 @@ def test_batches_are_the_default_and_workers_can_be_asked_for(sample):
     assert isinstance(loader_of(sample, workers=2).dataset, Samples)
 
 
+def test_limits_on_batches_shorten_the_loaders_themselves():
+    loaders = make_loaders(
+        Config(dataset="cifar10-sample", batch_size=50, max_train_batches=3, max_test_batches=2)
+    )
+    assert [len(loader) for loader in (loaders.train, loaders.test)] == [3, 2]
+    assert [sum(len(labels) for _, labels in loader) for loader in (loaders.train, loaders.test)] == [
+        150,
+        100,
+    ]
+
+
 def test_batches_for_mps_are_made_on_the_cpu_as_mps_would_copy_every_crop(sample):
     images, _ = next(iter(make_loader(sample, train_transform(), "mps", SMOKE, shuffle=True)))
     assert images.device == torch.device("cpu")

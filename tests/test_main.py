@@ -20,7 +20,7 @@ import models
 import run
 import sources
 import utils
-from checkpoint import load_weights, save_weights
+from checkpoint import Checkpoints, load_weights, save_weights
 from config import Config, parse_config
 from data import make_loader
 from sources import cifar10
@@ -103,8 +103,10 @@ def test_an_average_of_the_weights_is_judged_kept_and_left_in_the_model(loaders,
     optimizer.register_step_post_hook(lambda *_: seen.append(weights(model)))
     card = {"model": "custom_resnet", "options": {"width": 4}, "classes": list(cifar10.CLASSES)}
     card |= {"mean": [0.5] * 3, "std": [0.2] * 3, "image_size": 32, "config": {}, "data_sha256": ""}
-    options = {"epochs": 1, "precision": "fp32", "ema_decay": 0.75, "folder": tmp_path, "card": card}
-    history = main.fit_model(model, CPU, *loaders, optimizer, **options)
+    options = {"epochs": 1, "precision": "fp32", "ema_decay": 0.75}
+    history = main.fit_model(
+        model, CPU, *loaders, optimizer, checkpoints=Checkpoints(tmp_path, card), **options
+    )
     expected = seen[0]
     for count, later in enumerate(seen[1:]):  # first the mean of all, so that no first weights stay
         share = min(0.75, count / (count + 1))
@@ -155,7 +157,7 @@ def test_looking_changes_nothing(loaders, tmp_path):
         2,
         precision="fp32",
         val_loader=test,
-        folder=tmp_path,
+        checkpoints=tmp_path,
     )
     assert torch.equal(weights(plain), weights(model))
 
@@ -254,6 +256,7 @@ def test_a_loader_without_batches_is_refused():
 def test_weights_ruined_by_the_last_update_stop_the_run_and_are_not_kept(loaders, tmp_path):
     model, _ = build()
     optimizer = torch.optim.SGD(model.parameters(), lr=1e30)
+    loaders[0].sampler.batches = 1
     with pytest.raises(FloatingPointError, match=r"the test loss is (nan|inf) after epoch 1"):
         main.fit_model(
             model,
@@ -262,9 +265,7 @@ def test_weights_ruined_by_the_last_update_stop_the_run_and_are_not_kept(loaders
             optimizer,
             epochs=2,
             precision="fp32",
-            max_train_batches=1,
-            folder=tmp_path,
-            card={},
+            checkpoints=Checkpoints(tmp_path, card={}),
         )
     assert not (tmp_path / "weights.safetensors").exists() and not (tmp_path / "history.json").exists()
 
@@ -568,16 +569,7 @@ def test_command_line_and_library_give_the_same_history(finished):
     optimizer = main.make_optimizer("adam", model)
     scheduler = optim.one_cycle(optimizer, 0.01, epochs=2, steps_per_epoch=3)
     history = main.fit_model(
-        model,
-        CPU,
-        loaders.train,
-        loaders.test,
-        optimizer,
-        scheduler,
-        2,
-        precision="fp32",
-        max_train_batches=3,
-        max_test_batches=2,
+        model, CPU, loaders.train, loaders.test, optimizer, scheduler, 2, precision="fp32"
     )
     assert untimed(history) == untimed(utils.History.load(finished))
 

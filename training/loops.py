@@ -1,7 +1,6 @@
 """The path of a batch: train, test, predict, and the loop over epochs."""
 
 import functools
-import itertools
 import math
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -78,7 +77,6 @@ def train(  # noqa: PLR0913
     precision: str = "auto",
     label_smoothing: float = 0.0,
     seed: int = 0,
-    max_batches: int | None = None,
 ) -> Stats:
     """Train for one epoch with cross-entropy.
 
@@ -88,7 +86,6 @@ def train(  # noqa: PLR0913
         epoch: which one, from 1; none: the loader's next.
         precision: of the forward pass, as in `pick_precision`.
         seed: of dropout.
-        max_batches: stop after so many.
 
     Returns:
         Mean loss and accuracy over the epoch, in training mode and as the weights changed.
@@ -100,7 +97,7 @@ def train(  # noqa: PLR0913
     settings = TrainSettings(pick_precision(precision, device), label_smoothing, seed)
     state = TrainState(model, optimizer, scheduler, make_scaler(device, settings.precision))
     epoch_state = EpochState.of(start_epoch(train_loader, epoch), device)
-    for _ in train_steps(state, device, train_loader, epoch_state, settings, max_batches):
+    for _ in train_steps(state, device, train_loader, epoch_state, settings):
         pass
     return epoch_state.stats()
 
@@ -111,7 +108,6 @@ def train_steps(
     loader: Iterable,
     epoch_state: EpochState,
     settings: TrainSettings,
-    max_batches: int | None,
 ) -> Iterator[None]:
     """Train on the batches that the epoch of `epoch_state` has left.
 
@@ -128,7 +124,7 @@ def train_steps(
         for parameter in model.parameters():
             optimizer.state[parameter].setdefault("momentum_buffer", torch.zeros_like(parameter))
     began = time.perf_counter() - epoch_state.seconds
-    for images, labels in progress(loader, epoch_state, max_batches):
+    for images, labels in progress(loader, epoch_state):
         if not epoch_state.steps and epoch_state.epoch == 1:
             check_batch(model, images, labels, device, settings.precision)
         images, labels = to_device(images, labels, device)
@@ -186,20 +182,14 @@ def train_step(
 
 
 def test(
-    model: nn.Module,
-    device: torch.device,
-    test_loader,
-    *,
-    precision: str = "auto",
-    tta: bool = False,
-    max_batches: int | None = None,
+    model: nn.Module, device: torch.device, test_loader, *, precision: str = "auto", tta: bool = False
 ) -> Stats:
     """Mean cross-entropy and accuracy over every image of a loader, each counted once.
 
     Args:
         tta: average the logits of each image with those of its mirror image.
     """
-    return score(*forward_all(model, device, test_loader, precision, max_batches, tta))
+    return score(*forward_all(model, device, test_loader, precision, tta))
 
 
 def score(logits: torch.Tensor, labels: torch.Tensor) -> Stats:
@@ -209,20 +199,14 @@ def score(logits: torch.Tensor, labels: torch.Tensor) -> Stats:
 
 
 def predict(
-    model: nn.Module,
-    device: torch.device,
-    loader,
-    *,
-    precision: str = "auto",
-    tta: bool = False,
-    max_batches: int | None = None,
+    model: nn.Module, device: torch.device, loader, *, precision: str = "auto", tta: bool = False
 ) -> Predictions:
     """Class probabilities of every image of a loader, in its order; `tta` as in `test`."""
-    logits, labels = forward_all(model, device, loader, precision, max_batches, tta)
+    logits, labels = forward_all(model, device, loader, precision, tta)
     return Predictions(logits.softmax(1).cpu().numpy(), labels.cpu().numpy())
 
 
-def forward_all(model, device, loader, precision: str, max_batches: int | None, tta: bool = False):
+def forward_all(model, device, loader, precision: str, tta: bool = False):
     """Logits float32 (N, K) and labels (N,) of a loader, on the device; the model's mode is kept."""
     device = torch.device(device)
     keep_freed_memory(device)
@@ -231,7 +215,7 @@ def forward_all(model, device, loader, precision: str, max_batches: int | None, 
     model.to(device, memory_format=torch.channels_last).eval()
     logits, targets = [], []
     with torch.inference_mode(), autocast(device, dtype):
-        for images, labels in itertools.islice(loader, max_batches):
+        for images, labels in loader:
             images, labels = to_device(images, labels, device)
             views = [images, images.flip(-1)] if tta else [images]
             logits.append(sum(model(view).float() for view in views) / len(views))
@@ -256,13 +240,7 @@ def fit_model(  # noqa: PLR0913
     seed: int = 0,
     compile: bool = False,
     tta: bool = False,
-    max_train_batches: int | None = None,
-    max_test_batches: int | None = None,
-    folder: str | Path | None = None,
-    card: dict | None = None,
-    resume: bool = False,
-    mirror: str | Path | None = None,
-    checkpoint_seconds: float = 60.0,
+    checkpoints: Checkpoints | str | Path | None = None,
 ) -> History:
     """Train for some epochs, evaluate after each, print one table row for each.
 
@@ -274,20 +252,16 @@ def fit_model(  # noqa: PLR0913
         tta: evaluate as in `test`, with mirror images.
         val_loader: evaluated after each epoch instead of the test set, which then is evaluated once,
             after the last.
-        folder: where checkpoints, history, TensorBoard events and, if there is a `card`, weights go.
-        card: goes with the weights, see `save_weights`.
-        resume: continue from the newest whole checkpoint in `folder` or `mirror`, if there is one. The
-            result is that of an uninterrupted run, bit for bit, on the same versions and device.
-        mirror: a second folder for checkpoints.
-        checkpoint_seconds: between checkpoints within an epoch; there is one after each epoch too.
+        checkpoints: a `Checkpoints`, which can continue a run that was stopped, or just the folder for
+            them, which must not hold any yet. None: nothing is written.
 
     Returns:
         One row an epoch, and the learning rate of every step.
 
     Raises:
         FloatingPointError: a loss or gradient is not finite; what was kept before stays.
-        ValueError: the checkpoint is another run's, or there is one and `resume` is off, or another
-            process uses `folder`.
+        ValueError: the checkpoint is another run's, or there is one that is not to be continued, or
+            another process uses the folder.
         Stopped: SIGINT or SIGTERM came; a checkpoint was written first.
         OSError: the last epoch's files could not be written.
     """
@@ -296,24 +270,22 @@ def fit_model(  # noqa: PLR0913
     settings = TrainSettings(pick_precision(precision, device), label_smoothing, seed, compile)
     ema_model = ema_copy(model) if ema_decay else None
     state = TrainState(model, optimizer, scheduler, make_scaler(device, settings.precision), ema_model)
-    unchanging = resumable(settings, train_loader, max_train_batches)
-    unchanging |= {"epochs": epochs, "ema_decay": ema_decay}
+    unchanging = resumable(settings, len(train_loader)) | {"epochs": epochs, "ema_decay": ema_decay}
     check = functools.partial(check_finite, scaler=state.scaler)
-    checkpoints = Checkpoints(folder, vars(state), card, unchanging, mirror, checkpoint_seconds, check)
-    options = {"precision": precision, "max_batches": max_test_batches, "tta": tta}
+    if not isinstance(checkpoints, Checkpoints):
+        checkpoints = Checkpoints(checkpoints)
+    options = {"precision": precision, "tta": tta}
     with (
         signals_noted() as signals,
-        checkpoints.start(resume, device),
-        event_log(folder, checkpoints.history) as update_events,
+        checkpoints.start(vars(state), unchanging, device, check),
+        event_log(checkpoints.run, checkpoints.history) as update_events,
         averaging(optimizer, model, state.evaluated, ema_decay, lambda: checkpoints.steps),
     ):
         try:
             while (epoch_state := checkpoints.epoch_state).epoch <= epochs:
                 start = time.perf_counter() - epoch_state.seconds
                 start_epoch(train_loader, epoch_state.epoch, epoch_state.steps)
-                steps = train_steps(
-                    state, device, train_loader, epoch_state, settings, max_train_batches
-                )
+                steps = train_steps(state, device, train_loader, epoch_state, settings)
                 for _ in signals.between(steps):
                     checkpoints.save_if_due()
                 last = epoch_state.epoch == epochs
@@ -323,7 +295,7 @@ def fit_model(  # noqa: PLR0913
                 with signals.held():
                     checkpoints.end_epoch(row)
                 print_row(row, header=len(checkpoints.history.epochs) == 1)
-                if folder is not None and checkpoints.failure is None:
+                if checkpoints.run is not None and checkpoints.failure is None:
                     update_events()  # which are a view of the history
         except Stopped:
             with signals.held():
@@ -333,12 +305,12 @@ def fit_model(  # noqa: PLR0913
     return checkpoints.history
 
 
-def resumable(settings: TrainSettings, loader, max_batches: int | None) -> dict:
+def resumable(settings: TrainSettings, steps_per_epoch: int) -> dict:
     """What must be the same when a training is continued, as plain data."""
     return {
         **asdict(settings),
         "precision": name_of(settings.precision),
-        "steps_per_epoch": min(len(loader), max_batches or len(loader)),
+        "steps_per_epoch": steps_per_epoch,
     }
 
 

@@ -14,18 +14,15 @@ from training.guards import LR_HINT
 from utils import Epoch, EpochState, History, Stats
 
 
-def progress(loader, epoch_state: EpochState, max_batches: int | None):
+def progress(loader, epoch_state: EpochState):
     """The batches that an epoch has left; in a terminal and in Colab behind a transient bar."""
-    sampler = getattr(loader, "sampler", None)
-    total = sampler.batches if isinstance(sampler, EpochSampler) else len(loader)
-    total = min(total, max_batches or total)
     # Our sampler starts at the right batch; of another loader the batches done are passed over.
-    done = 0 if isinstance(sampler, EpochSampler) else epoch_state.steps
+    ours = isinstance(getattr(loader, "sampler", None), EpochSampler)
     watched = sys.stdout.isatty() or "google.colab" in sys.modules
     return tqdm(
-        itertools.islice(loader, done, total - epoch_state.steps + done),
+        itertools.islice(loader, 0 if ours else epoch_state.steps, None),
         f"epoch {epoch_state.epoch}",
-        total,
+        len(loader),
         initial=epoch_state.steps,
         leave=False,
         file=sys.stdout,

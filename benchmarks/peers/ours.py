@@ -16,12 +16,11 @@ from utils import name_of, pick_precision
 def fit(job: Job) -> nn.Module:
     """Train for some batches of the first epoch; the job's clock stands in for a scheduler."""
     split = Split(job.images, job.labels, CLASSES)
-    loader = make_loader(
-        split, train_transform(), job.device, Config(batch_size=job.batch), shuffle=True
-    )
+    config = Config(batch_size=job.batch, max_train_batches=job.updates)
+    loader = make_loader(split, train_transform(), job.device, config, shuffle=True)
     dtype = pick_precision(job.precision, job.device)
     job.note = f"{name_of(dtype)}, channels-last"
     model = job.make_model().to(job.device)
     optimizer = make_optimizer("adam", model, LR)
-    train(model, job.device, loader, optimizer, job, precision=job.precision, max_batches=job.updates)
+    train(model, job.device, loader, optimizer, job, precision=job.precision)
     return model

@@ -411,9 +411,8 @@ def enter(entry: str, folder: Path, body: bytes) -> None:
     with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
         if entry == "resume":
             with contextlib.suppress(ValueError, RuntimeError):
-                checkpoint.Checkpoints(
-                    folder, some_parts(), None, {}, None, 1e9, lambda epoch_state: None
-                ).start(True, CPU)
+                checkpoints = checkpoint.Checkpoints(folder, resume=True)
+                checkpoints.start(some_parts(), {}, CPU, lambda epoch_state: None)
         else:
             extra = ["x.png"] if entry == "predict" else []
             with contextlib.suppress(SystemExit):
