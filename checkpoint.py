@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -146,7 +147,7 @@ class Checkpoints:
     def __enter__(self) -> "Checkpoints":
         return self
 
-    def __exit__(self, *error) -> None:
+    def __exit__(self, *error: object) -> None:
         if self.run is not None:
             unlock_folder(self.run)
 
@@ -174,7 +175,7 @@ class Checkpoints:
         self.saved = time.monotonic()
         self.failure: OSError | None = None
         self.machine = {"device": device.type, **environment(device)}
-        if self.folder is None:
+        if self.run is None or self.folder is None:  # both or neither
             return self
         self.folder.mkdir(parents=True, exist_ok=True)
         lock_folder(self.run)
@@ -262,7 +263,7 @@ class Checkpoints:
             self.attempt(save_weights, self.run / "weights.safetensors", model, self.card)
         self.save()
 
-    def attempt(self, write, *arguments) -> None:
+    def attempt(self, write: Callable, *arguments: Any) -> None:
         """Write, and go on training if that fails."""
         try:
             write(*arguments)
@@ -370,7 +371,7 @@ def digest(tensors: dict[str, torch.Tensor]) -> str:
     found = hashlib.sha256()
     for name in sorted(tensors):
         found.update(name.encode())
-        found.update(tensors[name].contiguous().flatten().view(torch.uint8).numpy())
+        found.update(tensors[name].contiguous().flatten().view(torch.uint8).numpy().data)
     return found.hexdigest()
 
 
@@ -393,7 +394,7 @@ def load_weights(path: str | Path) -> tuple[nn.Module, dict]:
         )
     path = path / "weights.safetensors" if path.is_dir() else path
     if not path.is_file():
-        raise ValueError(f"there is no weights file {path}{nearest(path, MODELS)}")
+        raise ValueError(f"there is no weights file {path}{nearest(str(path), MODELS)}")
     try:
         with safe_open(path, framework="pt") as file:
             card = json.loads((file.metadata() or {})["card"])

@@ -4,7 +4,8 @@ import os
 import random
 import re
 import signal
-from typing import NamedTuple
+from collections.abc import Iterator
+from typing import Any, NamedTuple, Protocol, cast
 
 import cv2
 import numpy as np
@@ -18,6 +19,7 @@ from sources.split import Split, statistics, stratified_split
 from transforms import (
     CIFAR10_MEAN,
     CIFAR10_STD,
+    AugmentParams,
     BatchProgram,
     normalization_of,
     test_transform,
@@ -26,14 +28,25 @@ from transforms import (
 )
 
 
-def start_epoch(loader, epoch: int | None, first: int = 0) -> int:
+class BatchLoader(Protocol):
+    """A `DataLoader`, a list of batches, or whatever else can be passed over again and has a length.
+
+    It yields images float (N, C, H, W) and labels int64 (N,).
+    """
+
+    def __iter__(self) -> Iterator[Any]: ...
+
+    def __len__(self) -> int: ...
+
+
+def start_epoch(loader: BatchLoader, epoch: int | None, first: int = 0) -> int:
     """Make a loader's next pass that of `epoch`, if it knows epochs; return the epoch."""
     sampler = getattr(loader, "sampler", None)
     if epoch is None:
         return getattr(sampler, "epoch", 1)
     if isinstance(sampler, EpochSampler):
         sampler.set_epoch(epoch, first)
-    elif hasattr(sampler, "set_epoch"):
+    elif sampler is not None and hasattr(sampler, "set_epoch"):
         sampler.set_epoch(epoch)
     return epoch
 
@@ -58,7 +71,7 @@ class EpochSampler(Sampler):
         """Make the next pass that of `epoch`, from batch `first` on."""
         self.epoch, self.first = epoch, first
 
-    def __iter__(self):
+    def __iter__(self) -> Iterator[tuple[int, int]]:
         epoch = self.epoch
         yield from ((epoch, batch) for batch in range(self.first, self.batches))
         self.set_epoch(epoch + 1)
@@ -80,7 +93,13 @@ class Batches(Dataset):
     """
 
     def __init__(
-        self, split: Split, program: BatchProgram, device, batch_size: int, seed: int, shuffle: bool
+        self,
+        split: Split,
+        program: BatchProgram,
+        device: torch.device | str,
+        batch_size: int,
+        seed: int,
+        shuffle: bool,
     ):
         # MPS copies a strided view whole before it reads from one, and here that is every crop there is.
         self.device = torch.device("cpu" if torch.device(device).type == "mps" else device)
@@ -88,7 +107,8 @@ class Batches(Dataset):
         self.batch_size, self.seed, self.shuffle = batch_size, seed, shuffle
         self.padded_images = program.prepare(split.images, self.device)
         self.labels = torch.from_numpy(split.labels).to(self.device)
-        self.epoch_cache = None  # epoch, order and draws of the epoch last asked for
+        # Epoch, order and draws of the epoch last asked for.
+        self.epoch_cache: tuple[int, Tensor, AugmentParams] | None = None
 
     def describe(self) -> str:
         """The augmentation in words, the same in every process."""
@@ -103,7 +123,7 @@ class Batches(Dataset):
         index = order[positions]
         return self.program(self.padded_images, index, augment_params.at(positions)), self.labels[index]
 
-    def make_epoch_cache(self, epoch: int):
+    def make_epoch_cache(self, epoch: int) -> tuple[Tensor, AugmentParams]:
         """Order and draws of a whole epoch; made on the CPU, so the same on every device."""
         count = len(self.split)
         order = epoch_order(count, self.seed, epoch) if self.shuffle else np.arange(count)
@@ -120,7 +140,7 @@ class Samples(Dataset):
     own, f(seed, epoch, position), that its transforms share, whichever worker it meets.
     """
 
-    def __init__(self, split: Split, compose, batch_size: int, seed: int, shuffle: bool):
+    def __init__(self, split: Split, compose: Any, batch_size: int, seed: int, shuffle: bool):
         self.split, self.compose = split, compose
         self.batch_size, self.seed, self.shuffle = batch_size, seed, shuffle
 
@@ -158,15 +178,21 @@ class Loaders(NamedTuple):
     @property
     def classes(self) -> tuple[str, ...]:
         """Class names, in the order of the labels."""
-        return self.test.dataset.split.classes
+        return dataset_of(self.test).split.classes
 
     @property
     def normalization(self) -> dict[str, tuple[float, ...]]:
         """The `mean` and `std` of every loader."""
-        return {"mean": self.test.dataset.program.mean, "std": self.test.dataset.program.std}
+        program = cast(Batches, self.test.dataset).program
+        return {"mean": program.mean, "std": program.std}
 
 
-def make_loaders(config: Config, device="cpu", transform=None) -> Loaders:
+def dataset_of(loader: DataLoader) -> Batches | Samples:
+    """The dataset of one of `make_loader`'s loaders."""
+    return cast(Batches | Samples, loader.dataset)
+
+
+def make_loaders(config: Config, device: torch.device | str = "cpu", transform: Any = None) -> Loaders:
     """Load the data of a run and wrap it in loaders.
 
     Args:
@@ -202,7 +228,7 @@ def make_loaders(config: Config, device="cpu", transform=None) -> Loaders:
             std,
             size=config.image_size,
             padding=config.padding,
-            flip=config.flip,
+            flip=bool(config.flip),  # no longer None, which stands for what fits the dataset
             cutout=config.cutout,
             grayscale=config.grayscale,
         )
@@ -223,7 +249,9 @@ def set_up_worker(worker: int) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
-def make_loader(split: Split, transform, device, config: Config, shuffle: bool = False) -> DataLoader:
+def make_loader(
+    split: Split, transform: Any, device: torch.device | str, config: Config, shuffle: bool = False
+) -> DataLoader:
     """One loader: shuffled without the last short batch to train, in order and whole to evaluate."""
     program, reason = vectorize(transform)
     size = config.batch_size
@@ -231,7 +259,11 @@ def make_loader(split: Split, transform, device, config: Config, shuffle: bool =
     limit = config.max_train_batches if shuffle else config.max_test_batches
     batches = min(batches, limit or batches)
     # A generator of its own: a DataLoader without one draws from the global stream at every pass.
-    common = {"sampler": EpochSampler(batches), "batch_size": None, "generator": torch.Generator()}
+    common: dict[str, Any] = {
+        "sampler": EpochSampler(batches),
+        "batch_size": None,
+        "generator": torch.Generator(),
+    }
     if program and not (shuffle and config.workers):
         dataset = Batches(split, program, device, size, config.seed, shuffle)
         return DataLoader(dataset, **common)

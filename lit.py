@@ -7,6 +7,7 @@ from lightning.pytorch import LightningDataModule, LightningModule
 from lightning.pytorch.plugins import MixedPrecision
 from torch import Tensor
 from torch.nn import functional as F
+from torch.utils.data import DataLoader
 
 from config import Config
 from data import Loaders, make_loaders, start_epoch
@@ -82,15 +83,21 @@ class LitModel(LightningModule):
         self.log_dict(means, on_step=False, on_epoch=True, prog_bar=True, batch_size=len(labels))
         return loss
 
-    def configure_optimizers(self):
+    def configure_optimizers(self) -> torch.optim.Optimizer | dict:
         """The optimizer and a schedule over all the steps that the Trainer will take, one a batch."""
         config, trainer = self.config, self.trainer
         optimizer = make_optimizer(config.optimizer, self, config.lr or 1e-3, **config.optimizer_options)
         steps = trainer.estimated_stepping_batches  # which loads the training data
         found = None
         if config.lr is None:
-            options = {"precision": config.precision, "label_smoothing": config.label_smoothing}
-            found = find_lr(self.model, self.device, trainer.train_dataloader, optimizer, **options)
+            found = find_lr(
+                self.model,
+                self.device,
+                trainer.train_dataloader,
+                optimizer,
+                precision=config.precision,
+                label_smoothing=config.label_smoothing,
+            )
         epochs = trainer.max_epochs
         scheduler = schedule(config, optimizer, found, epochs, -(-steps // epochs))
         if scheduler is None:
@@ -107,7 +114,7 @@ class LitData(LightningDataModule):
     def __init__(self, config: Config):
         super().__init__()
         self.config = config
-        self.loaders: Loaders | None = None
+        self.loaders: Loaders = None  # type: ignore[assignment]  # until `setup`
 
     def setup(self, stage: str) -> None:
         """Load the data once."""
@@ -116,15 +123,15 @@ class LitData(LightningDataModule):
         if self.loaders is None:
             self.loaders = make_loaders(self.config, self.trainer.strategy.root_device)
 
-    def train_dataloader(self):
+    def train_dataloader(self) -> DataLoader:
         """The training images, shuffled and augmented."""
         return self.loaders.train
 
-    def val_dataloader(self):
+    def val_dataloader(self) -> DataLoader | list:
         """The images held out, if there are any."""
         return self.loaders.validation or []
 
-    def test_dataloader(self):
+    def test_dataloader(self) -> DataLoader:
         """The test images."""
         return self.loaders.test
 

@@ -9,9 +9,11 @@ python main.py compare RUN RUN...          a table of runs, and their curves in 
 python main.py export RUN                  an ONNX file (or --format torch) that answers the same
 """
 
+import argparse
 import contextlib
 import shutil
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -63,7 +65,7 @@ __all__ = [
 
 
 @contextlib.contextmanager
-def bad_input_refused():
+def bad_input_refused() -> Iterator[None]:
     """What is wrong with the user's input ends the program: one line, exit code 2."""
     try:
         yield
@@ -204,7 +206,7 @@ def export_command(argv: list[str]) -> None:
     print(f"checked on {len(images)} images: logits differ by {difference:.1e} at most")
 
 
-def model_parser(command: str, description: str, shipped: bool = True):
+def model_parser(command: str, description: str, shipped: bool = True) -> argparse.ArgumentParser:
     """The flags that every command with saved weights has; those in weights/ need not be named."""
     parser = make_parser(f"main.py {command}", description)
     if shipped:
@@ -218,7 +220,7 @@ def model_parser(command: str, description: str, shipped: bool = True):
     return parser
 
 
-def add_data_flag(parser) -> None:
+def add_data_flag(parser: argparse.ArgumentParser) -> None:
     """For commands that read the dataset of saved weights."""
     parser.add_argument("--data", help="folder that holds the dataset (default: the run's)")
 

@@ -1,7 +1,7 @@
 """From a `Config` to a run folder, and back."""
 
+import argparse
 import contextlib
-import itertools
 import json
 import re
 import time
@@ -11,11 +11,12 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch import nn
+from torch.optim.lr_scheduler import OneCycleLR
 from torch.utils.data import DataLoader
 
 from checkpoint import Checkpoints, check_same_run, load_checkpoint, load_weights
 from config import Config
-from data import Loaders, make_loader, make_loaders
+from data import Loaders, dataset_of, make_loader, make_loaders
 from files import lock_folder, unlocked_on_error, write_whole
 from models import make_model
 from sources import load_split
@@ -61,7 +62,7 @@ def prepare(config: Config) -> tuple[torch.device, Loaders, nn.Module, torch.opt
     loaders = make_loaders(config, device)
     seed_everything(config.seed, config.deterministic)
     model = make_model(config.model, len(loaders.classes), **config.model_options)
-    model.to(device, memory_format=torch.channels_last)
+    model.to(device).to(memory_format=torch.channels_last)
     optimizer = make_optimizer(config.optimizer, model, config.lr or 1e-3, **config.optimizer_options)
     return device, loaders, model, optimizer, open_run(config, device, loaders, model)
 
@@ -76,7 +77,7 @@ def open_run(config: Config, device: torch.device, loaders: Loaders, model: nn.M
     for place in filter(None, (config.output, config.mirror)):
         if Path(place).exists() and not Path(place).is_dir():
             raise ValueError(f"{place} is not a folder")
-    if config.resume:
+    if config.resume and config.output:
         lock_folder(config.output)
         with unlocked_on_error(config.output):
             state = load_checkpoint(Path(config.output) / "checkpoints", config.mirror)
@@ -108,14 +109,23 @@ def claim_folder(config: Config) -> Path:
         folder.mkdir(parents=True, exist_ok=True)
         return folder
     name = f"{config.model}-{config.dataset}-{time.strftime('%Y%m%d-%H%M%S')}"
-    for ending in itertools.chain([""], (f"-{k}" for k in itertools.count(2))):
+    count = 1
+    while True:
+        folder = Path("runs", name if count == 1 else f"{name}-{count}")
         with contextlib.suppress(FileExistsError):
-            folder = Path("runs", name + ending)
             folder.mkdir(parents=True)
             return folder
+        count += 1
 
 
-def execute(config: Config, device, loaders: Loaders, model, optimizer, folder: Path) -> Path:
+def execute(
+    config: Config,
+    device: torch.device,
+    loaders: Loaders,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    folder: Path,
+) -> Path:
     """Find the rate, train, and report, in a run folder that is open."""
     found = None
     if config.lr is None:
@@ -138,7 +148,12 @@ def execute(config: Config, device, loaders: Loaders, model, optimizer, folder: 
 
 
 def range_test(
-    config: Config, device, loaders: Loaders, model, optimizer, folder: Path
+    config: Config,
+    device: torch.device,
+    loaders: Loaders,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    folder: Path,
 ) -> LRFinderResult:
     """`find_lr` as the run trains; the result is printed and kept as lr_finder.json.
 
@@ -161,7 +176,9 @@ def range_test(
     return found
 
 
-def make_scheduler(config: Config, loaders: Loaders, optimizer, found: LRFinderResult | None):
+def make_scheduler(
+    config: Config, loaders: Loaders, optimizer: torch.optim.Optimizer, found: LRFinderResult | None
+) -> OneCycleLR | None:
     """Set the rate, given or found; returns the optimizer's scheduler, or None for a constant rate."""
     scheduler = schedule(config, optimizer, found, config.epochs, len(loaders.train))
     if scheduler is not None:
@@ -170,17 +187,29 @@ def make_scheduler(config: Config, loaders: Loaders, optimizer, found: LRFinderR
     return scheduler
 
 
-def schedule(config: Config, optimizer, found: LRFinderResult | None, epochs: int, steps: int):
+def schedule(
+    config: Config,
+    optimizer: torch.optim.Optimizer,
+    found: LRFinderResult | None,
+    epochs: int,
+    steps: int,
+) -> OneCycleLR | None:
     """`make_scheduler` for so many epochs of so many steps.
 
     A found schedule starts at `start` or at a tenth of its peak, whichever is less.
     """
-    high = config.lr or found.suggestions[config.lr_rule]
+    low = None
+    if config.lr is not None:
+        high = config.lr
+    elif found is not None:
+        high = found.suggestions[config.lr_rule]
+        low = min(found.suggestions["start"], high / 10)
+    else:
+        raise ValueError("there is no rate: set lr, or give the result of a range test")
     if config.scheduler == "none":
         for group in optimizer.param_groups:
             group["lr"] = high * group.get("lr_scale", 1.0)
         return None
-    low = None if config.lr else min(found.suggestions["start"], high / 10)
     peak = config.peak_epoch
     return one_cycle(optimizer, high, min_lr=low, epochs=epochs, steps_per_epoch=steps, peak_epoch=peak)
 
@@ -193,14 +222,16 @@ def make_card(config: Config, loaders: Loaders) -> dict:
         "image_size": config.image_size,
         "classes": list(loaders.classes),
         **{name: list(values) for name, values in loaders.normalization.items()},
-        "data_sha256": loaders.train.dataset.split.digest(),
-        "test_sha256": loaders.test.dataset.split.digest(),
-        "augmentation": loaders.train.dataset.describe(),
+        "data_sha256": dataset_of(loaders.train).split.digest(),
+        "test_sha256": dataset_of(loaders.test).split.digest(),
+        "augmentation": dataset_of(loaders.train).describe(),
         "config": config.identity,
     }
 
 
-def report_run(config: Config, device, loaders: Loaders, model, folder: Path) -> None:
+def report_run(
+    config: Config, device: torch.device, loaders: Loaders, model: nn.Module, folder: Path
+) -> None:
     """Predict the test set and write the run's report, then say where it is."""
     from report import write_report  # matplotlib takes a second, which a short command need not wait
 
@@ -288,12 +319,12 @@ def read_runs(folders: list[str]) -> dict[str, tuple[Config, History, str]]:
     return runs
 
 
-def read_model(given) -> tuple[nn.Module, dict, torch.device]:
+def read_model(given: argparse.Namespace) -> tuple[nn.Module, dict, torch.device]:
     """Model and card of saved weights, and the device asked for."""
     return *load_weights(given.weights), get_device(given.device)
 
 
-def run_config(card: dict, given) -> Config:
+def run_config(card: dict, given: argparse.Namespace) -> Config:
     """The configuration of the run that made some weights, with the data and precision asked for."""
     try:
         config = Config(**card["config"])

@@ -3,17 +3,19 @@
 import functools
 import math
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.optim.lr_scheduler import LRScheduler
 
 from checkpoint import Checkpoints
-from data import start_epoch
+from data import BatchLoader, start_epoch
 from training.guards import (
     Stopped,
     check_batch,
@@ -46,7 +48,7 @@ class TrainState:
 
     model: nn.Module
     optimizer: torch.optim.Optimizer
-    scheduler: torch.optim.lr_scheduler.LRScheduler | None  # stepped after every batch
+    scheduler: LRScheduler | None  # stepped after every batch
     scaler: torch.amp.GradScaler
     ema_model: nn.Module | None = None  # holds the average of the weights, where there is one
 
@@ -68,10 +70,10 @@ class TrainSettings:
 
 def train(  # noqa: PLR0913
     model: nn.Module,
-    device: torch.device,
-    train_loader,
+    device: torch.device | str,
+    train_loader: BatchLoader,
     optimizer: torch.optim.Optimizer,
-    scheduler=None,
+    scheduler: LRScheduler | None = None,
     *,
     epoch: int | None = None,
     precision: str = "auto",
@@ -105,7 +107,7 @@ def train(  # noqa: PLR0913
 def train_steps(
     state: TrainState,
     device: torch.device,
-    loader: Iterable,
+    loader: BatchLoader,
     epoch_state: EpochState,
     settings: TrainSettings,
 ) -> Iterator[None]:
@@ -116,7 +118,7 @@ def train_steps(
     """
     keep_freed_memory(device)
     model, optimizer = state.model, state.optimizer
-    model.to(device, memory_format=torch.channels_last).train()
+    model.to(device).to(memory_format=torch.channels_last).train()
     forward = torch.compile(model) if settings.compile else model
     if state.scaler.is_enabled() and isinstance(optimizer, torch.optim.SGD):
         # Start the momentum at zero. If fp16 skipped the first update, PyTorch would leave the momentum
@@ -149,8 +151,8 @@ def train_steps(
 
 def train_step(
     forward: Callable,
-    images: torch.Tensor,
-    labels: torch.Tensor,
+    images: Tensor,
+    labels: Tensor,
     state: TrainState,
     epoch_state: EpochState,
     settings: TrainSettings,
@@ -175,14 +177,19 @@ def train_step(
     if not skips_on_device(optimizer):
         check_finite(epoch_state, scaler, optimizer.param_groups[0]["lr"])
     elif not scaler.is_enabled():
-        optimizer.found_inf = 1 - sums[2]
+        vars(optimizer)["found_inf"] = 1 - sums[2]
     scaler.step(optimizer)
     vars(optimizer).pop("found_inf", None)  # which would stop whoever uses the optimizer next
     scaler.update()
 
 
 def test(
-    model: nn.Module, device: torch.device, test_loader, *, precision: str = "auto", tta: bool = False
+    model: nn.Module,
+    device: torch.device | str,
+    test_loader: BatchLoader,
+    *,
+    precision: str = "auto",
+    tta: bool = False,
 ) -> Stats:
     """Mean cross-entropy and accuracy over every image of a loader, each counted once.
 
@@ -192,27 +199,34 @@ def test(
     return score(*forward_all(model, device, test_loader, precision, tta))
 
 
-def score(logits: torch.Tensor, labels: torch.Tensor) -> Stats:
+def score(logits: Tensor, labels: Tensor) -> Stats:
     """Mean cross-entropy and accuracy of logits (N, K) against labels (N,)."""
     hits = (logits.argmax(1) == labels).sum().item()
     return Stats(F.cross_entropy(logits, labels).item(), hits / len(labels))
 
 
 def predict(
-    model: nn.Module, device: torch.device, loader, *, precision: str = "auto", tta: bool = False
+    model: nn.Module,
+    device: torch.device | str,
+    loader: BatchLoader,
+    *,
+    precision: str = "auto",
+    tta: bool = False,
 ) -> Predictions:
     """Class probabilities of every image of a loader, in its order; `tta` as in `test`."""
     logits, labels = forward_all(model, device, loader, precision, tta)
     return Predictions(logits.softmax(1).cpu().numpy(), labels.cpu().numpy())
 
 
-def forward_all(model, device, loader, precision: str, tta: bool = False):
+def forward_all(
+    model: nn.Module, device: torch.device | str, loader: BatchLoader, precision: str, tta: bool = False
+) -> tuple[Tensor, Tensor]:
     """Logits float32 (N, K) and labels (N,) of a loader, on the device; the model's mode is kept."""
     device = torch.device(device)
     keep_freed_memory(device)
     dtype = pick_precision(precision, device)
     training = model.training
-    model.to(device, memory_format=torch.channels_last).eval()
+    model.to(device).to(memory_format=torch.channels_last).eval()
     logits, targets = [], []
     with torch.inference_mode(), autocast(device, dtype):
         for images, labels in loader:
@@ -226,14 +240,14 @@ def forward_all(model, device, loader, precision: str, tta: bool = False):
 
 def fit_model(  # noqa: PLR0913
     model: nn.Module,
-    device: torch.device,
-    train_loader,
-    test_loader,
+    device: torch.device | str,
+    train_loader: BatchLoader,
+    test_loader: BatchLoader,
     optimizer: torch.optim.Optimizer,
-    scheduler=None,
+    scheduler: LRScheduler | None = None,
     epochs: int = 20,
     *,
-    val_loader=None,
+    val_loader: BatchLoader | None = None,
     precision: str = "auto",
     label_smoothing: float = 0.0,
     ema_decay: float = 0.0,
@@ -266,7 +280,7 @@ def fit_model(  # noqa: PLR0913
         OSError: the last epoch's files could not be written.
     """
     device = torch.device(device)
-    model.to(device, memory_format=torch.channels_last)
+    model.to(device).to(memory_format=torch.channels_last)
     settings = TrainSettings(pick_precision(precision, device), label_smoothing, seed, compile)
     ema_model = ema_copy(model) if ema_decay else None
     state = TrainState(model, optimizer, scheduler, make_scaler(device, settings.precision), ema_model)
@@ -295,7 +309,7 @@ def fit_model(  # noqa: PLR0913
                 with signals.held():
                     checkpoints.end_epoch(row)
                 print_row(row, header=len(checkpoints.history.epochs) == 1)
-                if checkpoints.run is not None and checkpoints.failure is None:
+                if checkpoints.failure is None:
                     update_events()  # which are a view of the history
         except Stopped:
             with signals.held():
@@ -314,7 +328,9 @@ def resumable(settings: TrainSettings, steps_per_epoch: int) -> dict:
     }
 
 
-def loaders_due(val_loader, test_loader, last: bool) -> dict[str, Iterable]:
+def loaders_due(
+    val_loader: BatchLoader | None, test_loader: BatchLoader, last: bool
+) -> dict[str, BatchLoader]:
     """The loaders to evaluate after an epoch, by part; beside a `val_loader` the test set comes last."""
     if val_loader is None:
         return {"test": test_loader}
@@ -324,10 +340,10 @@ def loaders_due(val_loader, test_loader, last: bool) -> dict[str, Iterable]:
 def evaluate(
     model: nn.Module,
     device: torch.device,
-    loaders: dict[str, Iterable],
+    loaders: dict[str, BatchLoader],
     epoch_state: EpochState,
     last: bool,
-    **options,
+    **options: Any,
 ) -> dict[str, Stats]:
     """Loss and accuracy of an epoch's training and of each loader; `options` as in `forward_all`."""
     stats = {"train": epoch_state.stats()}
@@ -338,7 +354,7 @@ def evaluate(
     return stats
 
 
-def to_device(images, labels, device: torch.device):
+def to_device(images: Tensor, labels: Tensor, device: torch.device) -> tuple[Tensor, Tensor]:
     """A batch on the device, images in channels-last memory; free for what is there already."""
     images = images.to(device, non_blocking=True, memory_format=torch.channels_last)
     return images, labels.to(device, non_blocking=True)

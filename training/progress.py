@@ -5,16 +5,21 @@ import itertools
 import math
 import shutil
 import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from tqdm import tqdm
 
-from data import EpochSampler
+from data import BatchLoader, EpochSampler
 from training.guards import LR_HINT
 from utils import Epoch, EpochState, History, Stats
 
+if TYPE_CHECKING:
+    from torch.utils.tensorboard import SummaryWriter
 
-def progress(loader, epoch_state: EpochState):
+
+def progress(loader: BatchLoader, epoch_state: EpochState) -> tqdm:
     """The batches that an epoch has left; in a terminal and in Colab behind a transient bar."""
     # Our sampler starts at the right batch; of another loader the batches done are passed over.
     ours = isinstance(getattr(loader, "sampler", None), EpochSampler)
@@ -64,19 +69,21 @@ def print_row(row: Epoch, header: bool) -> None:
 
 
 @contextlib.contextmanager
-def event_log(folder: str | Path | None, history: History):
-    """A function that brings a run folder's TensorBoard events up to date with the history.
+def event_log(folder: Path | None, history: History) -> Iterator[Callable[[], None]]:
+    """A function that brings a run folder's TensorBoard events, if there is one, up to date.
 
     They are written anew when a run is continued: what a killed run left may lack some or have more.
     """
-    writers = []
+    writers: list[SummaryWriter] = []
 
     def update() -> None:
+        if folder is None:
+            return
         rows = history.epochs[-1:]
         if not writers:
             from torch.utils.tensorboard import SummaryWriter  # two seconds of imports
 
-            path, rows = Path(folder) / "tensorboard", history.epochs
+            path, rows = folder / "tensorboard", history.epochs
             shutil.rmtree(path, ignore_errors=True)
             writers.append(SummaryWriter(path))
         for row in rows:
@@ -91,7 +98,7 @@ def event_log(folder: str | Path | None, history: History):
             writer.close()
 
 
-def write_events(writer, row: Epoch, lrs: list[float]) -> None:
+def write_events(writer: "SummaryWriter", row: Epoch, lrs: list[float]) -> None:
     """One epoch's numbers, and the rate of each of its steps, which are the last of `lrs`."""
     for part, stats in row.stats().items():
         for metric, value in stats._asdict().items():
