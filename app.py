@@ -4,6 +4,7 @@ python app.py          the weights and the images in the repository
 python app.py RUN      a run, tested on its own test images, with its curves
 """
 
+import argparse
 import base64
 import functools
 import html
@@ -13,9 +14,10 @@ import signal
 import socket
 import sys
 import tempfile
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 # Gradio's settings in the environment serve any file, run code, open a second server without our guard.
 for name in [
@@ -28,12 +30,15 @@ import gradio as gr
 import numpy as np
 import PIL
 import torch
+from gradio.components import Component
+from gradio.data_classes import ImageData
 from gradio.utils import get_upload_folder
 from PIL import Image
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.middleware import Middleware
 from starlette.middleware.trustedhost import TrustedHostMiddleware
 from starlette.responses import PlainTextResponse
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from torch import nn
 
 from checkpoint import DEFAULT_WEIGHTS, load_weights
@@ -81,7 +86,7 @@ class Shown(NamedTuple):
     folder: Path | None  # of the run, if there is one
 
 
-def open_shown(given) -> Shown:
+def open_shown(given: argparse.Namespace) -> Shown:
     """Load the network, and let it judge test images.
 
     A run is tested on its own test set, as in `main.py test`; weights alone on the sample in the
@@ -102,7 +107,9 @@ def open_shown(given) -> Shown:
     return Shown(model, card, device, split, predictions, folder)
 
 
-def explain(shown: Shown, path: str | None, top: float, layer: str, target: int, opacity: float):
+def explain(
+    shown: Shown, path: str | None, top: float, layer: str, target: int, opacity: float
+) -> tuple[dict[str, float] | None, str]:
     """The `top` most probable classes of a picture, and where `layer` sees evidence for `target`.
 
     Args:
@@ -132,7 +139,9 @@ def explain(shown: Shown, path: str | None, top: float, layer: str, target: int,
     return {classes[k]: float(probabilities[k]) for k in best[: int(top)]}, picture
 
 
-def evidence(shown: Shown, images: np.ndarray, targets, layer: str) -> np.ndarray:
+def evidence(
+    shown: Shown, images: np.ndarray, targets: Sequence[int] | np.ndarray, layer: str
+) -> np.ndarray:
     """Grad-CAM of uint8 images (N, H, W, 3), some at a time: float32 (N, H, W)."""
     maps = [np.zeros((0, *images.shape[1:3]), np.float32)]
     for start in range(0, len(images), CHUNK):
@@ -154,7 +163,10 @@ def browse(shown: Shown, true: int, predicted: int, layer: str, count: int | Non
         ("Mistaken, the surest first", wrong, "predicted", answers.predicted),
         ("Right, the least sure first", right, "runner-up", second),
     )
-    columns = [column(shown, *page, layer, count or FEW) for page in pages]
+    columns = [
+        column(shown, title, found, kind, others, layer, count or FEW)
+        for title, found, kind, others in pages
+    ]
     return f'<div class="columns">{"".join(columns)}</div>'
 
 
@@ -172,7 +184,9 @@ def choose(predictions: Predictions, true: int, predicted: int) -> tuple[np.ndar
     return wrong, right
 
 
-def column(shown: Shown, title: str, found, kind: str, others, layer: str, count: int) -> str:
+def column(
+    shown: Shown, title: str, found: np.ndarray, kind: str, others: np.ndarray, layer: str, count: int
+) -> str:
     """The first images at `found`: alone, and under the maps of the true class and of `others`."""
     chosen = found[:count]
     images, truth = shown.split.images[chosen], shown.predictions.labels[chosen]
@@ -278,7 +292,7 @@ def add_picture(shown: Shown, page: gr.Blocks) -> None:
             opacity = gr.Slider(0, 1, 0.7, step=0.05, label="Opacity")
     picture.preprocess = uploaded
 
-    def pick(event: gr.SelectData):
+    def pick(event: gr.SelectData) -> np.ndarray:
         return examples[event.index]
 
     thumbs.select(pick, None, picture, api_visibility="private")
@@ -296,13 +310,18 @@ def add_mistakes(shown: Shown, page: gr.Blocks) -> None:
     answer_to(page, functools.partial(browse, shown), [true, predicted, layer, count], gr.HTML())
 
 
-def answer_to(page: gr.Blocks, function, inputs: list, outputs) -> None:
+def answer_to(
+    page: gr.Blocks,
+    function: Callable[..., Any],
+    inputs: list[Component],
+    outputs: Component | list[Component],
+) -> None:
     """Call a function when the page opens and when an input changes; of many changes the last counts."""
     changes = [page.load, *(item.change for item in inputs)]
     gr.on(changes, function, inputs, outputs, api_visibility="private", trigger_mode="always_last")
 
 
-def uploaded(upload) -> str | None:
+def uploaded(upload: ImageData | None) -> str | None:
     """The path of an uploaded picture, which gradio would open whatever its format and size.
 
     Raises:
@@ -329,11 +348,11 @@ def class_choice(shown: Shown, label: str, neutral: str) -> gr.Dropdown:
     return gr.Dropdown([(neutral, ANY), *names], label=label)
 
 
-def guard(app):
+def guard(app: ASGIApp) -> ASGIApp:
     """Refuse what no visitor of the page sends, and let browsers fetch nothing from elsewhere."""
 
-    async def guarded(scope, receive, send):
-        async def send_with_policy(message):
+    async def guarded(scope: Scope, receive: Receive, send: Send) -> None:
+        async def send_with_policy(message: Message) -> None:
             if message["type"] == "http.response.start":
                 MutableHeaders(scope=message)["content-security-policy"] = POLICY
             await send(message)

@@ -4,6 +4,7 @@ import contextlib
 import io
 import json
 import warnings
+from collections.abc import Callable, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -33,7 +34,10 @@ class PixelsToLogits(nn.Module):
         uint8 (N, H, W, 3), RGB, as decoders return it -> logits float32 (N, K).
     """
 
-    def __init__(self, model: nn.Module, mean, std):
+    mean: torch.Tensor
+    std: torch.Tensor
+
+    def __init__(self, model: nn.Module, mean: Sequence[float], std: Sequence[float]):
         super().__init__()
         self.model = model
         self.register_buffer("mean", torch.tensor(mean, dtype=torch.float32).view(-1, 1, 1))
@@ -108,7 +112,7 @@ def torch_bytes(network: nn.Module, images: torch.Tensor, metadata: dict[str, st
     return buffer.getvalue()
 
 
-def run_torch(content: bytes):
+def run_torch(content: bytes) -> Callable[[np.ndarray], np.ndarray]:
     """The function that an exported program is: images to logits, both NumPy arrays."""
     module = torch.export.load(io.BytesIO(content)).module()
 
@@ -138,11 +142,12 @@ def onnx_bytes(network: nn.Module, images: torch.Tensor, metadata: dict[str, str
             output_names=["logits"],
             verbose=False,
         )
+    assert program is not None  # as only the exporter before `dynamo` returns
     program.model.metadata_props.update(metadata)
     return program.model_proto.SerializeToString()
 
 
-def run_onnx(content: bytes):
+def run_onnx(content: bytes) -> Callable[[np.ndarray], np.ndarray]:
     """The function that an ONNX model is in ONNX Runtime: images to logits, both NumPy arrays."""
     import onnxruntime
 

@@ -3,14 +3,16 @@
 import contextlib
 import errno
 import os
+from collections.abc import Iterator
 from pathlib import Path
+from typing import TextIO
 
 try:
     import fcntl
 except ImportError:  # Windows: a folder has no lock there
-    fcntl = None
+    fcntl = None  # type: ignore[assignment]  # a module, where there is one
 
-LOCKS = {}  # the open lock file of each folder that this process uses
+LOCKS: dict[Path, TextIO] = {}  # the open lock file of each folder that this process uses
 
 
 def write_whole(path: str | Path, content: bytes | str) -> None:
@@ -81,7 +83,7 @@ def unlock_folder(folder: str | Path) -> None:
 
 
 @contextlib.contextmanager
-def unlocked_on_error(folder: str | Path):
+def unlocked_on_error(folder: str | Path) -> Iterator[None]:
     """Let others have a run folder if what was to be done with it fails."""
     try:
         yield

@@ -3,29 +3,34 @@
 import contextlib
 import importlib
 import sys
+from collections.abc import Iterator
 from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from torch import nn
 
 dependencies = ["torch", "safetensors", "numpy", "filelock", "PIL", "tqdm"]
 
 _ROOT = Path(__file__).resolve().parent
 
 
-def custom_resnet(pretrained: bool = False, **options):
+def custom_resnet(pretrained: bool = False, **options: Any) -> nn.Module:
     """CustomResNet: 6,573,130 parameters; `options` as in `make_model`."""
     return _network("custom_resnet", pretrained, options)
 
 
-def resnet18(pretrained: bool = False, **options):
+def resnet18(pretrained: bool = False, **options: Any) -> nn.Module:
     """ResNet-18 for 32 x 32 images: 11,173,962 parameters; `options` as in `make_model`."""
     return _network("resnet18", pretrained, options)
 
 
-def resnet34(pretrained: bool = False, **options):
+def resnet34(pretrained: bool = False, **options: Any) -> nn.Module:
     """ResNet-34 for 32 x 32 images: 21,282,122 parameters; `options` as in `make_model`."""
     return _network("resnet34", pretrained, options)
 
 
-def _network(name: str, pretrained: bool, options: dict):
+def _network(name: str, pretrained: bool, options: dict[str, Any]) -> nn.Module:
     """A network with fresh weights, or with those in weights/: then in eval mode, with its `card`.
 
     The card names what the weights expect: classes, mean, std and image_size.
@@ -47,7 +52,7 @@ def _network(name: str, pretrained: bool, options: dict):
 
 
 @contextlib.contextmanager
-def _own_modules():
+def _own_modules() -> Iterator[None]:
     """Import this repository's `models`, `utils` and so on, whoever else has modules of these names.
 
     Those that were imported before are set aside and put back, and ours are forgotten: neither gets
@@ -55,7 +60,7 @@ def _own_modules():
     """
     ours = {path.stem for path in _ROOT.glob("*.py")} - {"hubconf"} | {"models", "sources", "training"}
 
-    def take_out():
+    def take_out() -> dict[str, ModuleType]:
         present = [name for name in sys.modules if name.split(".")[0] in ours]
         return {name: sys.modules.pop(name) for name in present}
 

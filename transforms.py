@@ -3,7 +3,7 @@
 import functools
 import math
 import os
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 os.environ.setdefault("NO_ALBUMENTATIONS_UPDATE", "1")  # else its import asks the network for news
 
@@ -246,8 +246,10 @@ def position(images: Tensor, image: Tensor, top: Tensor, left: Tensor) -> Tensor
 def padded(side: int, least: int, border: str) -> np.ndarray:
     """The source index of each pixel of a padded row, -1 for fill; an extra pixel comes last."""
     missing = max(0, least - side)
-    fill = {} if border == "reflect" else {"constant_values": -1}
-    return np.pad(np.arange(side), (missing // 2, missing - missing // 2), mode=border, **fill)
+    widths = (missing // 2, missing - missing // 2)
+    if border == "reflect":
+        return np.pad(np.arange(side), widths, mode="reflect")
+    return np.pad(np.arange(side), widths, mode="constant", constant_values=-1)
 
 
 @functools.lru_cache
@@ -275,7 +277,8 @@ def vectorize(compose: A.Compose) -> tuple[BatchProgram | None, str]:
     """
     if compose.p != 1:
         return None, f"the pipeline has p={compose.p}, and a batch runs it always"
-    parts, order = {}, iter(_READERS.items())
+    parts: dict[str, Any] = {}
+    order = iter(_READERS.items())
     for step in compose.transforms:
         name = type(step).__name__
         reader = next((read for kind, read in order if type(step) is kind), None)

@@ -10,10 +10,11 @@ import platform
 import random
 import statistics
 import sys
+from collections.abc import Collection, Iterator
 from dataclasses import asdict, dataclass, field, fields
 from importlib import metadata
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -95,7 +96,7 @@ class EpochState:
     lrs: list[float] = field(default_factory=list)
 
     @classmethod
-    def of(cls, epoch: int, device) -> "EpochState":
+    def of(cls, epoch: int, device: torch.device | str) -> "EpochState":
         """The state of an epoch that is about to begin."""
         return cls(epoch, torch.zeros(3, device=device))
 
@@ -203,10 +204,15 @@ def pick_precision(name: str, device: torch.device) -> torch.dtype:
         modern = torch.cuda.get_device_capability(device)[0] >= 8
         return torch.bfloat16 if modern else torch.float16
     if device.type == "cpu":
-        capabilities = getattr(torch.cpu, "get_capabilities", dict)()  # since torch 2.11
+        capabilities = cpu_capabilities()
         if capabilities.get("avx512_bf16") or capabilities.get("amx_bf16"):
             return torch.bfloat16
     return torch.float32
+
+
+def cpu_capabilities() -> dict[str, Any]:
+    """What the CPU can do, by PyTorch's names; nothing before torch 2.11."""
+    return getattr(torch.cpu, "get_capabilities", dict)()
 
 
 def name_of(dtype: torch.dtype) -> str:
@@ -232,7 +238,7 @@ def environment(device: torch.device) -> dict[str, str]:
     if device.type == "cuda":
         machine = torch.cuda.get_device_name(device)
     else:
-        name = getattr(torch.cpu, "get_capabilities", dict)().get("cpu_name", platform.machine())
+        name = cpu_capabilities().get("cpu_name", platform.machine())
         machine = f"{name}, {torch.get_num_threads()} threads"
         if pick_precision("auto", device) == torch.bfloat16:  # else machines of two speeds share a name
             machine += ", bf16"
@@ -260,7 +266,7 @@ def seed_everything(seed: int, deterministic: bool = False) -> None:
 
 
 @contextlib.contextmanager
-def random_state_kept(device: torch.device):
+def random_state_kept(device: torch.device) -> Iterator[None]:
     """Leave the global random state as it was, on the CPU and on `device`."""
     python, numpy = random.getstate(), np.random.get_state()
     try:
@@ -290,7 +296,7 @@ def summarize(model: nn.Module, image_size: int = 32) -> str:
     return str(table).replace("Units.MEGABYTES", "M").replace("Units.GIGABYTES", "G")
 
 
-def choose(name: str, value: str, choices) -> None:
+def choose(name: str, value: str, choices: Collection[str]) -> None:
     """Refuse a value that is not among the choices, and name the nearest one.
 
     Raises:
@@ -301,7 +307,7 @@ def choose(name: str, value: str, choices) -> None:
         raise ValueError(f"unknown {name} {value!r}; choose from {listed}{nearest(value, choices)}")
 
 
-def nearest(value: str, choices) -> str:
+def nearest(value: str | Path, choices: Collection[str]) -> str:
     """The choice that a misspelt value was probably meant to be, as the end of a message."""
     near = difflib.get_close_matches(str(value), choices, 1)
     return f"; did you mean {near[0]}?" if near else ""

@@ -8,8 +8,9 @@ import copy
 import io
 import itertools
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import cv2
 import matplotlib
@@ -27,7 +28,7 @@ from utils import History, Predictions, nearest
 # Okabe and Ito's colours, told apart with every kind of colour vision.
 COLORS = ("#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9")
 MARKS = ("o", "s", "^", "D", "v")  # five and six: thirty runs until colour and mark repeat together
-STYLE = {
+STYLE: dict[Any, Any] = {
     "font.size": 10,
     "axes.titlesize": 11,
     "axes.spines.top": False,
@@ -102,7 +103,7 @@ def gallery(images: np.ndarray, titles: Sequence[str], title: str) -> Figure:
         height = inches + 0.08 + 0.15 * max((1 + name.count("\n") for name in titles), default=0)
         size = (inches * columns, height * rows + 0.4 * bool(title))
         figure = Figure(figsize=size, layout="constrained")
-        figure.suptitle(title or None, fontsize=11)
+        figure.suptitle(title, fontsize=11)
         cells = figure.subplots(rows, columns, squeeze=False).ravel()
         for cell in cells:
             cell.set_axis_off()
@@ -148,7 +149,7 @@ def plot_history(histories: dict[str, History]) -> Figure:
     return figure
 
 
-def draw_curves(axes, name: str, history: History, color: str, mark: str) -> None:
+def draw_curves(axes: np.ndarray, name: str, history: History, color: str, mark: str) -> None:
     """A run's loss and accuracy on two axes; the solid line's label tells how both end."""
     part = "val" if "val" in history.epochs[0].stats() else "test"
     epochs = [row.epoch for row in history.epochs]
@@ -219,7 +220,7 @@ def plot_confusion_matrix(predictions: Predictions, classes: Sequence[str]) -> F
     counts = confusion_matrix(predictions.labels, predictions.predicted, labels=labels)
     shares = counts / np.maximum(counts.sum(1, keepdims=True), 1)
     side = min(max(5.0, (0.62 if len(classes) <= 20 else 0.17) * len(classes) + 1.4), WIDEST)
-    letters = {"fontsize": min(10, 60 * side / len(classes))}
+    letters: dict[str, Any] = {"fontsize": min(10, 60 * side / len(classes))}
     names = [wrap(name, 1.4) if len(classes) <= 20 else literal(name) for name in classes]
     with matplotlib.rc_context(STYLE | {"axes.grid": False}):
         figure = Figure(figsize=(side + 0.8, side), layout="constrained")
@@ -264,8 +265,8 @@ def map_shapes(model: nn.Module, image_size: int) -> dict[str, tuple[int, ...]]:
     model = copy.deepcopy(model).eval()
     shapes = {}
 
-    def note(name):
-        def hook(module, inputs, output):
+    def note(name: str) -> Callable[[nn.Module, Any, Any], None]:
+        def hook(module: nn.Module, inputs: Any, output: Any) -> None:
             if isinstance(output, Tensor) and output.dim() == 4:
                 shapes[name] = tuple(output.shape)
 
@@ -280,7 +281,9 @@ def map_shapes(model: nn.Module, image_size: int) -> dict[str, tuple[int, ...]]:
     return shapes
 
 
-def gradcam(model: nn.Module, images: Tensor, layer: str, targets: Sequence[int]) -> np.ndarray:
+def gradcam(
+    model: nn.Module, images: Tensor, layer: str, targets: Sequence[int] | np.ndarray
+) -> np.ndarray:
     """Grad-CAM (Selvaraju et al., arXiv:1610.02391): where a layer sees evidence for a class.
 
     Works on a copy of the model in float32, so mode, gradients and hooks of the model stay as they are.
@@ -387,7 +390,14 @@ def plot_gradcam(
     return figure
 
 
-def draw_cams(cells, image, maps, predictions: Predictions, index: int, classes) -> None:
+def draw_cams(
+    cells: np.ndarray,
+    image: np.ndarray,
+    maps: Sequence[np.ndarray],
+    predictions: Predictions,
+    index: int,
+    classes: Sequence[str],
+) -> None:
     """One mistake: the image, and it again under the map of each of the two classes."""
     answers = (predictions.labels[index], predictions.predicted[index])
     cells[0].imshow(image)

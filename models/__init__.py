@@ -1,5 +1,8 @@
 """The networks, by name."""
 
+from collections.abc import Callable
+from typing import Any
+
 from torch import nn
 
 from models.custom_resnet import CustomResNet
@@ -7,10 +10,14 @@ from models.resnet import ResNet, ResNet18, ResNet34
 
 __all__ = ["MODELS", "CustomResNet", "ResNet", "ResNet18", "ResNet34", "make_model"]
 
-MODELS = {"custom_resnet": CustomResNet, "resnet18": ResNet18, "resnet34": ResNet34}
+MODELS: dict[str, Callable[..., nn.Module]] = {
+    "custom_resnet": CustomResNet,
+    "resnet18": ResNet18,
+    "resnet34": ResNet34,
+}
 
 
-def make_model(name: str, num_classes: int = 10, **options) -> nn.Module:
+def make_model(name: str, num_classes: int = 10, **options: Any) -> nn.Module:
     """Build a network by name, with freshly drawn weights.
 
     Args:

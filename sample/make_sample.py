@@ -27,7 +27,7 @@ def main() -> None:
         images = full.images[index]
         mosaic = images.reshape(-1, COLUMNS, 32, 32, 3).swapaxes(1, 2).reshape(-1, COLUMNS * 32, 3)
         Image.fromarray(mosaic).save(SAMPLE / f"{split}.png", optimize=True)
-        card[split] = {"sha256": hashlib.sha256(images).hexdigest(), "index": index.tolist()}
+        card[split] = {"sha256": hashlib.sha256(images.data).hexdigest(), "index": index.tolist()}
     (SAMPLE / "sample.json").write_text(json.dumps(card))
 
 

@@ -11,11 +11,17 @@ from utils import choose
 
 __all__ = ["DATASETS", "Split", "load_split", "statistics"]
 
+
+def fetched(name: str) -> Callable[[str, Path, int], Split]:
+    """How a dataset of torchvision's is loaded; its images have their size already."""
+    return lambda split, root, _: load_fetched(name, split, root)
+
+
 # Each is called with the split, the folder of the data and the side of its images in pixels.
 DATASETS: dict[str, Callable[[str, Path, int], Split]] = {
     "cifar10": lambda split, root, _: load_cifar10(split, root),
     "cifar10-sample": lambda split, *_: load_sample(split),
-    **{name: lambda split, root, _, name=name: load_fetched(name, split, root) for name in FETCHED},
+    **{name: fetched(name) for name in FETCHED},
     "folder": load_folder,
 }
 

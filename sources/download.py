@@ -6,6 +6,7 @@ import subprocess
 import tarfile
 import time
 import urllib.request
+from collections.abc import Iterator
 from http.client import HTTPException
 from pathlib import Path
 
@@ -62,7 +63,7 @@ def size_of(folder: Path) -> int:
 
 
 @contextlib.contextmanager
-def network_timeout():
+def network_timeout() -> Iterator[None]:
     """No connection made in here waits for ever; torchvision sets no limit."""
     before = socket.getdefaulttimeout()
     socket.setdefaulttimeout(NETWORK_TIMEOUT)

@@ -3,6 +3,7 @@
 import contextlib
 import warnings
 from collections import Counter
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -39,8 +40,8 @@ def load_folder(split: str, root: Path, image_size: int) -> Split:
         # The same split for every seed, so that runs with different seeds are tested on the same images.
         sides = stratified_split(np.array([label for _, label in files]), 0.2, seed=0)
         train, test = ([files[i] for i in side] for side in sides)
-    wanted, others = (train, test) if split == "train" else (test, train)
-    return read_images(classes, wanted, image_size, others)
+    wanted, rest = (train, test) if split == "train" else (test, train)
+    return read_images(classes, wanted, image_size, rest)
 
 
 def list_images(folder: Path, tell: bool = False) -> tuple[tuple[str, ...], list[tuple[Path, int]]]:
@@ -53,7 +54,8 @@ def list_images(folder: Path, tell: bool = False) -> tuple[tuple[str, ...], list
     if len(classes) < 2:
         raise ValueError(f"{folder} must hold one folder for each class, two or more, not {classes}")
     suffixes = Image.registered_extensions()
-    files, passed = [], []
+    files: list[tuple[Path, int]] = []
+    passed = []
     for label, name in enumerate(classes):
         before = len(files)
         for path in sorted((folder / name).rglob("*")):
@@ -73,7 +75,10 @@ def list_images(folder: Path, tell: bool = False) -> tuple[tuple[str, ...], list
 
 
 def read_images(
-    classes: tuple[str, ...], files: list[tuple[Path, int]], image_size: int, others=()
+    classes: tuple[str, ...],
+    files: Sequence[tuple[Path, int]],
+    image_size: int,
+    others: Sequence[tuple[Path, int]] = (),
 ) -> Split:
     """Read and resize them all; the unreadable ones are named, with those of `others`, another split.
 
@@ -92,7 +97,7 @@ def read_images(
     return Split(np.stack(images), np.array([label for _, label in files]), classes)
 
 
-def read_all(files, image_size: int) -> tuple[list[np.ndarray], list[str]]:
+def read_all(files: Sequence[tuple[Path, int]], image_size: int) -> tuple[list[np.ndarray], list[str]]:
     """The images that can be read, and what is wrong with each of the others."""
     images, bad = [], []
     for path, _ in tqdm(files, desc="reading", unit="image", disable=None, leave=False):
@@ -116,7 +121,7 @@ def read_image(path: str | Path, size: int) -> np.ndarray:
             if image.width * image.height > MOST_PIXELS:
                 raise ValueError(f"{image.width} x {image.height} pixels, over {MOST_PIXELS:,}")
             # Not exif_transpose, which writes all metadata anew and fails where any of it is odd.
-            turn = UPRIGHT.get(image.getexif().get(ExifTags.Base.Orientation))
+            turn = UPRIGHT.get(image.getexif().get(ExifTags.Base.Orientation, 1))
             upright = image if turn is None else image.transpose(turn)
             if upright.mode.startswith("I;16"):  # Pillow would cut the values off at 255
                 upright = Image.fromarray((np.asarray(upright) >> 8).astype(np.uint8))
@@ -128,7 +133,7 @@ def read_image(path: str | Path, size: int) -> np.ndarray:
 
 
 @contextlib.contextmanager
-def quiet_open(path: str | Path):
+def quiet_open(path: str | Path) -> Iterator[Image.Image]:
     """An image file, without Pillow's warnings of size, palette and damaged metadata.
 
     They are safe to hide: `read_image` has a limit of its own, and a truncated file still raises.

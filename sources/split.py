@@ -18,7 +18,7 @@ class Split:
     labels: np.ndarray
     classes: tuple[str, ...]
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         shape = self.images.shape
         if self.images.dtype != np.uint8 or len(shape) != 4 or shape[3] != 3:
             raise ValueError(f"images must be uint8 (N, H, W, 3), not {self.images.dtype} {shape}")
@@ -35,8 +35,8 @@ class Split:
 
     def digest(self) -> str:
         """SHA-256 of images and labels."""
-        found = hashlib.sha256(np.ascontiguousarray(self.images))
-        found.update(np.ascontiguousarray(self.labels))
+        found = hashlib.sha256(np.ascontiguousarray(self.images).data)
+        found.update(np.ascontiguousarray(self.labels).data)
         return found.hexdigest()
 
     def take(self, index: np.ndarray) -> "Split":

@@ -4,7 +4,8 @@ import contextlib
 import functools
 from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
+from types import ModuleType
+from typing import Any, NamedTuple
 
 import numpy as np
 from filelock import FileLock
@@ -61,7 +62,7 @@ def load_fetched(dataset: str, split: str, root: Path) -> Split:
     return Split(np.ascontiguousarray(pixels), np.asarray(labels, np.int64), classes)
 
 
-def fetch(dataset: str, split: str, root: Path):
+def fetch(dataset: str, split: str, root: Path) -> Any:
     """Torchvision's own object for a split; one process downloads, the others wait."""
     facts = FETCHED[dataset]
     kind = getattr(import_datasets(), facts.kind)
@@ -87,7 +88,7 @@ def damaged(root: Path, checksums: dict[str, str]) -> list[Path]:
     return [root / name for name, md5 in checksums.items() if not check(root / name, md5)]
 
 
-def import_datasets():
+def import_datasets() -> ModuleType:
     """Torchvision's datasets, a second of imports, with a bar where somebody watches."""
     from torchvision import datasets
 

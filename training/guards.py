@@ -5,16 +5,24 @@ import math
 import signal
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
+from types import FrameType
 
 import torch
+from torch import nn
 
 from utils import EpochState, Stats, autocast
 
 LR_HINT = "a lower --lr may help, or --precision fp32 where it is not"
 
 
-def check_batch(model, images: torch.Tensor, labels: torch.Tensor, device, dtype) -> None:
+def check_batch(
+    model: nn.Module,
+    images: torch.Tensor,
+    labels: torch.Tensor,
+    device: torch.device,
+    dtype: torch.dtype,
+) -> None:
     """Refuse a first batch of wrong types, shapes or labels; cross-entropy would ignore a label of -100.
 
     Raises:
@@ -34,7 +42,7 @@ def check_batch(model, images: torch.Tensor, labels: torch.Tensor, device, dtype
         raise ValueError(f"labels must be 0 to {classes - 1}, not {low} to {high}")
 
 
-def skips_on_device(optimizer) -> bool:
+def skips_on_device(optimizer: torch.optim.Optimizer) -> bool:
     """Whether an update can be left out without waiting for the device to say so.
 
     PyTorch's fused CUDA optimizers can, by the flag that its gradient scaler sets.
@@ -43,7 +51,7 @@ def skips_on_device(optimizer) -> bool:
     return on_gpu and getattr(optimizer, "_step_supports_amp_scaling", False)
 
 
-def check_finite(epoch_state: EpochState, scaler, lr: float | None = None) -> None:
+def check_finite(epoch_state: EpochState, scaler: torch.amp.GradScaler, lr: float | None = None) -> None:
     """Stop if a step of the epoch, or the one under way at rate `lr`, had a loss or gradient not finite.
 
     In fp16 the scaler skips such an update and halves its scale, which is normal now and then; a scale
@@ -92,10 +100,11 @@ class Stopped(KeyboardInterrupt):
 class Signals:
     """Lets SIGINT and SIGTERM end a run between two updates, never within one."""
 
-    def __init__(self):
-        self.depth, self.number, self.since = 0, None, 0.0
+    def __init__(self) -> None:
+        self.depth, self.since = 0, 0.0
+        self.number: int | None = None
 
-    def handle(self, number: int, frame) -> None:
+    def handle(self, number: int, frame: FrameType | None) -> None:
         """Raise `Stopped`, or note it for the end of what must not be interrupted."""
         if hasattr(signal, "SIGCHLD"):
             # A Ctrl-C may have ended worker processes, too. PyTorch's SIGCHLD handler would raise an
@@ -111,7 +120,7 @@ class Signals:
             raise KeyboardInterrupt  # asked twice: at once, and without a checkpoint of half an update
 
     @contextlib.contextmanager
-    def held(self):
+    def held(self) -> Iterator[None]:
         """Defer signals to the end of this block, which then raises `Stopped`."""
         self.depth += 1
         try:
@@ -126,7 +135,7 @@ class Signals:
             number, self.number = self.number, None
             raise Stopped(number)
 
-    def between(self, steps: Iterator[None]) -> Iterator[None]:
+    def between(self, steps: Generator[None, None, None]) -> Iterator[None]:
         """Run each step with signals deferred to its end; close the steps and their workers at last."""
         try:
             while True:
@@ -139,7 +148,7 @@ class Signals:
 
 
 @contextlib.contextmanager
-def signals_noted():
+def signals_noted() -> Iterator[Signals]:
     """A `Signals` in charge of SIGINT and SIGTERM; outside the main thread nothing can be."""
     signals = Signals()
     if threading.current_thread() is not threading.main_thread():

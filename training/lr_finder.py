@@ -10,6 +10,7 @@ import math
 import warnings
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from types import ModuleType
 
 import numpy as np
 import torch
@@ -83,7 +84,8 @@ def find_lr(  # noqa: PLR0913
     device = torch.device(device)
     keep_freed_memory(device)
     dtype = pick_precision(precision, device)
-    model.to(device, memory_format=torch.channels_last)  # as in training: the layout moves the numbers
+    # As in training: the layout moves the numbers.
+    model.to(device).to(memory_format=torch.channels_last)
     model, optimizer = copy.deepcopy((model, optimizer))  # together: the copy updates the copy
     for group in optimizer.param_groups:
         group.pop("initial_lr", None)  # a scheduler's mark, at which the library refuses to run
@@ -104,13 +106,13 @@ def find_lr(  # noqa: PLR0913
         try:
             finder.range_test(train_loader, start_lr=start_lr, end_lr=end_lr, num_iter=steps, smooth_f=0)
         finally:
-            if epoch is not None:
+            if sampler is not None and epoch is not None:
                 sampler.set_epoch(epoch)
     lrs, losses = finder.history["lr"], finder.history["loss"]
     return LRFinderResult(lrs, losses, suggest_lrs(lrs, losses))
 
 
-def import_lr_finder():
+def import_lr_finder() -> ModuleType:
     """The module of torch-lr-finder, with a bar in text where somebody watches."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # its own bar warns in a notebook that it is experimental

@@ -4,10 +4,13 @@ import contextlib
 import copy
 import math
 import operator
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 from torch import nn
 from torch.optim.lr_scheduler import OneCycleLR
+from torch.optim.optimizer import ParamsT
 from torch.optim.sgd import sgd
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
@@ -27,7 +30,13 @@ def ema_copy(model: nn.Module) -> nn.Module:
 
 
 @contextlib.contextmanager
-def averaging(optimizer, model: nn.Module, ema_model: nn.Module, decay: float, steps_done):
+def averaging(
+    optimizer: torch.optim.Optimizer,
+    model: nn.Module,
+    ema_model: nn.Module,
+    decay: float,
+    steps_done: Callable[[], int],
+) -> Iterator[None]:
     """Move `ema_model`, its buffers too, towards `model` after each update; put it into `model` at last.
 
     It runs as part of the optimizer's step, so nothing can come between the update and its average.
@@ -44,7 +53,7 @@ def averaging(optimizer, model: nn.Module, ema_model: nn.Module, decay: float, s
     pairs = zip(ema_model.state_dict().values(), model.state_dict().values(), strict=True)
     old, new = zip(*(pair for pair in pairs if pair[0].is_floating_point()), strict=True)
 
-    def move(*_) -> None:
+    def move(*_: object) -> None:
         t = steps_done()
         get_ema_multi_avg_fn(min(decay, t / (t + 1)))(old, new, None)
 
@@ -69,13 +78,14 @@ def make_optimizer(
             logits by s would multiply that layer's gradient by s, and again the effect of its update on
             the logits: s squared in all. So 1/64 acts like Page's logits times 1/8.
     """
+    choose("optimizer", name, OPTIMIZERS)
     last = [module for module in model.modules() if isinstance(module, nn.Linear)][-1:]
     head = [p for module in last for p in module.parameters() if head_lr_scale != 1 or name == "muon"]
     body = [p for p in model.parameters() if not any(p is other for other in head)]
     # Adam divides the gradient, and the L2 penalty in it, by its size: a lower rate does not lower the
     # penalty's weight against the gradient. In the others weights shrink by lr x weight_decay.
     coupled = name == "adam"
-    groups = [
+    groups: list[dict[str, Any]] = [
         {
             "params": [p for p in part if (p.dim() > 1) is matrix],
             "weight_decay": weight_decay / (1 if coupled else lr_scale) if matrix else 0.0,
@@ -86,7 +96,7 @@ def make_optimizer(
         for matrix in (True, False)
     ]
     groups = [group for group in groups if group["params"]]
-    common = {"params": groups, "lr": lr, "fused": True}
+    common: dict[str, Any] = {"params": groups, "lr": lr, "fused": True}
     if name == "muon":
         for group in groups[1:]:
             lr_scale = group["lr_scale"] * SGD_LR_SCALE
@@ -95,10 +105,8 @@ def make_optimizer(
         return Muon(groups, lr)
     if name == "sgd":
         return torch.optim.SGD(**common, momentum=MOMENTUM, nesterov=True)
-    if name in ("adam", "adamw"):
-        kind = torch.optim.Adam if name == "adam" else torch.optim.AdamW
-        return kind(**common, betas=(0.9, 0.999))
-    choose("optimizer", name, OPTIMIZERS)
+    kind = torch.optim.Adam if name == "adam" else torch.optim.AdamW
+    return kind(**common, betas=(0.9, 0.999))
 
 
 class Muon(torch.optim.Optimizer):
@@ -121,7 +129,7 @@ class Muon(torch.optim.Optimizer):
 
     def __init__(
         self,
-        params,
+        params: ParamsT,
         lr: float = 1e-3,
         weight_decay: float = 0.0,
         momentum: float = MOMENTUM,
@@ -138,7 +146,9 @@ class Muon(torch.optim.Optimizer):
         super().__init__(params, defaults)
 
     @torch.no_grad()
-    def step(self, closure=None):
+    def step(  # type: ignore[override]  # two overloads there, one for each kind of closure
+        self, closure: Callable[[], float] | None = None
+    ) -> float | None:
         """Make one update without waiting for the device; none if a gradient scaler set `found_inf`."""
         loss = None
         if closure is not None:
@@ -151,7 +161,7 @@ class Muon(torch.optim.Optimizer):
                 continue
             grads = [p.grad for p in params]
             if scale is not None:
-                grads = torch._foreach_div(grads, scale)
+                grads = list(torch._foreach_div(grads, scale))
             update = muon_update if group["orthogonal"] else sgd_update
             update(params, grads, self._buffers(params), group, found_inf)
         return loss
@@ -178,7 +188,7 @@ def muon_update(
         group: "lr", "weight_decay" and "momentum" of the parameters.
         found_inf: above 0 where nothing may move; none: everything moves.
     """
-    moved = torch._foreach_mul(buffers, group["momentum"])
+    moved = list(torch._foreach_mul(buffers, group["momentum"]))
     torch._foreach_add_(moved, grads)
     ahead = torch._foreach_mul(moved, group["momentum"])
     torch._foreach_add_(ahead, grads)
@@ -190,7 +200,7 @@ def muon_update(
     if found_inf is not None:
         moved = [torch.where(found_inf > 0, old, new) for old, new in zip(buffers, moved, strict=True)]
     torch._foreach_copy_(buffers, moved)
-    settings = {"momentum": 0.0, "dampening": 0.0, "nesterov": False, "maximize": False}
+    settings: dict[str, Any] = {"momentum": 0.0, "dampening": 0.0, "nesterov": False, "maximize": False}
     settings |= {name: group[name] for name in ("lr", "weight_decay")}
     sgd(params, directions, [], fused=True, found_inf=found_inf, **settings)
 
@@ -203,9 +213,9 @@ def sgd_update(
     found_inf: torch.Tensor | None,
 ) -> None:
     """Move `params` by SGD with Nesterov momentum and an L2 penalty; arguments as in `muon_update`."""
-    settings = {"dampening": 0.0, "nesterov": True, "maximize": False}
+    settings: dict[str, Any] = {"dampening": 0.0, "nesterov": True, "maximize": False}
     settings |= {name: group[name] for name in ("lr", "weight_decay", "momentum")}
-    sgd(params, grads, buffers, fused=True, found_inf=found_inf, **settings)
+    sgd(params, grads, [*buffers], fused=True, found_inf=found_inf, **settings)
 
 
 def orthogonal(matrix: torch.Tensor) -> torch.Tensor:
@@ -227,7 +237,7 @@ def scale_rates(optimizer: torch.optim.Optimizer) -> None:
     """During a step, multiply each group's rate by its `lr_scale`; a range test sets one for all."""
     lr_scales = [group.get("lr_scale", 1.0) for group in optimizer.param_groups]
 
-    def multiply(by) -> None:
+    def multiply(by: Callable[[float, float], float]) -> None:
         for group, lr_scale in zip(optimizer.param_groups, lr_scales, strict=True):
             group["lr"] = by(group["lr"], lr_scale)
 
