@@ -80,6 +80,11 @@ class EpochSampler(Sampler):
         return self.batches
 
 
+def limit_batches(loader: DataLoader, batches: int) -> None:
+    """Shorten each epoch of one of `make_loader`'s loaders."""
+    cast(EpochSampler, loader.sampler).batches = batches
+
+
 def epoch_order(count: int, seed: int, epoch: int) -> np.ndarray:
     """The order of an epoch: a permutation that depends on nothing but its arguments."""
     return np.random.default_rng([seed, ORDER, epoch]).permutation(count)

@@ -9,6 +9,7 @@ passed over; the exit code at the end is then 1.
 """
 
 import argparse
+import functools
 import json
 import signal
 import sys
@@ -19,16 +20,19 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import torch
+from torch import nn
+from torch.utils.data import DataLoader
 
 from benchmarks import common, time_to_accuracy
 from benchmarks.peers.job import Clock
 from config import RECIPES, Config
-from data import make_loader
+from data import limit_batches, make_loader, start_epoch
 from files import write_whole
 from models import make_model
-from sources import load_split
+from sources import Split, load_split
 from training.loops import train
 from training.optim import make_optimizer
 from transforms import train_transform
@@ -63,7 +67,7 @@ def peak_of(device: torch.device) -> float | None:
 class Bench:
     """The device, the images and the sizes that the measurements share."""
 
-    def __init__(self, given):
+    def __init__(self, given: argparse.Namespace):
         self.given, self.device, self.smoke = given, get_device(given.device), given.smoke
         given.device = str(self.device)
         # An epoch has 48 batches of 1,024.
@@ -71,40 +75,40 @@ class Bench:
         machine = common.machine_facts(given.device)["machine"]
         self.folder = common.result_folder(given) / "gpu" / time_to_accuracy.slug(machine)
         self.folder.mkdir(parents=True, exist_ok=True)
-        self.split = None
+        self.split: Split | None = None
 
-    def loader(self, batch: int):
+    def loader(self, batch: int) -> DataLoader:
         """The loader of a run with whole batches; the images are read once."""
         if self.split is None:
             self.split = load_split("cifar10-sample" if self.smoke else "cifar10", "train")
         config = Config(batch_size=batch)
         return make_loader(self.split, train_transform(), self.device, config, shuffle=True)
 
-    def model(self, name: str = "custom_resnet"):
+    def model(self, name: str = "custom_resnet") -> nn.Module:
         """A network with the same weights every time, on the device, in channels-last memory."""
         torch.manual_seed(0)
         model = make_model(name, width=self.width)
-        return model.to(self.device, memory_format=torch.channels_last)
+        return model.to(self.device).to(memory_format=torch.channels_last)
 
-    def rate(self, model, loader, batch: int) -> float:
+    def rate(self, model: nn.Module, loader: DataLoader, batch: int) -> float:
         """Images a second of `train`, by SGD at a rate that harms nothing."""
         clock = Clock(steps=self.steps, warmup=self.warmup, device=self.device)
         optimizer = make_optimizer("sgd", model, 1e-3)
         # In epoch 1 a single image goes first: a compiler would take the batch for one that varies.
-        loader.sampler.set_epoch(2)
-        loader.sampler.batches = clock.updates
+        start_epoch(loader, 2)
+        limit_batches(loader, clock.updates)
         train(model, self.device, loader, optimizer, clock)
         return self.steps * batch / clock.seconds
 
-    def loading_seconds(self, loader) -> float:
+    def loading_seconds(self, loader: DataLoader) -> float:
         """Seconds that an augmented batch takes when nothing else is done."""
         clock = Clock(steps=self.steps, warmup=self.warmup, device=self.device)
         for _ in islice(loader, clock.updates):
             clock.mark()
-        loader.sampler.set_epoch(1)
+        start_epoch(loader, 1)
         return clock.seconds / self.steps
 
-    def write(self, name: str, unit: str, rows: list[dict], claims: list[dict], **settings) -> None:
+    def write(self, name: str, unit: str, rows: list[dict], claims: list[dict], **settings: Any) -> None:
         """Write one measurement to its file, and print it."""
         result = common.make_result("gpu", unit, rows, claims, self.given, **settings)
         write_whole(self.folder / f"{name}.json", json.dumps(result, indent=1) + "\n")
@@ -118,8 +122,8 @@ def measure_speed(bench: Bench, name: str, batch: int) -> None:
     for network, adds in MULTIPLY_ADDS.items():
         model = bench.model(network)
         both = {
-            "rate": lambda model=model: bench.rate(model, loader, batch),
-            "load": lambda: bench.loading_seconds(loader),
+            "rate": functools.partial(bench.rate, model, loader, batch),
+            "load": functools.partial(bench.loading_seconds, loader),
         }
         found = common.measure(both, bench.given.rounds)
         flops = [6 * adds * rate for rate in found["rate"]]  # 2 a multiply-add, forward and twice back
@@ -157,13 +161,13 @@ def measure_synchronisations(bench: Bench, name: str) -> None:
         raise ValueError(f"{bench.device} has no synchronisations to count")
     loader, model = bench.loader(512), bench.model()
     optimizer = make_optimizer("adam", model)
-    loader.sampler.batches = 3
+    limit_batches(loader, 3)
     train(model, bench.device, loader, optimizer)
     watch = Watch(bench.steps + 1)
     with warnings.catch_warnings(record=True) as seen:
         warnings.simplefilter("always")
         try:
-            loader.sampler.batches = watch.steps
+            limit_batches(loader, watch.steps)
             train(model, bench.device, loader, optimizer, watch)
         finally:
             torch.cuda.set_sync_debug_mode("default")
@@ -179,19 +183,22 @@ def measure_synchronisations(bench: Bench, name: str) -> None:
 def measure_compile(bench: Bench, name: str, batch: int) -> None:
     """Images a second with and without torch.compile; a mode that fails is named and left out."""
     loader = bench.loader(batch)
-    modes = {"compiled": {}, "compiled with CUDA graphs": {"mode": "reduce-overhead"}}
+    modes: dict[str, dict[str, Any]] = {
+        "compiled": {},
+        "compiled with CUDA graphs": {"mode": "reduce-overhead"},
+    }
     if bench.smoke:
         modes = {"compiled": {"backend": "eager"}}  # Dynamo alone: no C++ compiler needed
     variants, failures = {"eager": bench.model()}, []
     for mode, options in modes.items():
-        model = torch.compile(bench.model(), **options)
+        model: Any = torch.compile(bench.model(), **options)  # called, it is a module as before
         try:
             bench.rate(model, loader, batch)
             variants[mode] = model
         except Exception as error:  # whatever a compiler raises
             failures.append(f"{mode}: {' '.join(str(error).split())[:200]}")
     calls = {
-        mode: lambda model=model: bench.rate(model, loader, batch) for mode, model in variants.items()
+        mode: functools.partial(bench.rate, model, loader, batch) for mode, model in variants.items()
     }
     found = common.measure(calls, bench.given.rounds)
     rows = [common.make_row(f"{mode}, batch {batch}", rates) for mode, rates in found.items()]
@@ -203,14 +210,14 @@ def measure_compile(bench: Bench, name: str, batch: int) -> None:
     bench.write(name, "images/s", rows, claims, batch=batch, failures=failures)
 
 
-def measurements(bench: Bench) -> Iterator[tuple[str, Callable[[], None]]]:
+def measurements(bench: Bench) -> Iterator[tuple[str, Callable[[str], None]]]:
     """Name and function of each measurement, in their order."""
     batches = (32, 64) if bench.smoke else (512, 1024)
     for batch in batches:
-        yield f"speed-{batch}", lambda name, batch=batch: measure_speed(bench, name, batch)
-    yield "synchronisations", lambda name: measure_synchronisations(bench, name)
+        yield f"speed-{batch}", functools.partial(measure_speed, bench, batch=batch)
+    yield "synchronisations", functools.partial(measure_synchronisations, bench)
     for batch in batches:
-        yield f"compile-{batch}", lambda name, batch=batch: measure_compile(bench, name, batch)
+        yield f"compile-{batch}", functools.partial(measure_compile, bench, batch=batch)
 
 
 def attempt(name: str, folder: Path, call: Callable[[], bool]) -> bool:
@@ -248,7 +255,7 @@ def run_recipes(bench: Bench, seeds: range, deadline: float) -> bool:
             if time.monotonic() > deadline:
                 return False
 
-            def call(recipe=recipe, seed=seed) -> bool:
+            def call(recipe: str = recipe, seed: int = seed) -> bool:
                 return time_to_accuracy.run_seed(recipe, seed, flags, folder, deadline)
 
             if not attempt(f"{recipe}-seed-{seed}", bench.folder, call):
@@ -263,7 +270,12 @@ def run_measurements(bench: Bench, deadline: float) -> bool:
             continue
         if time.monotonic() > deadline - (0 if bench.smoke else LEAST):
             return False
-        attempt(name, bench.folder, lambda name=name, call=call: (call(name), True)[1])
+
+        def done(name: str = name, call: Callable[[str], None] = call) -> bool:
+            call(name)
+            return True
+
+        attempt(name, bench.folder, done)
     return True
 
 

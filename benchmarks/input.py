@@ -5,11 +5,15 @@ python -m benchmarks.input
 One thread. Batches of 512: pad 4, crop 32, flip, cutout 8, normalise, float32 out.
 """
 
+import argparse
+import functools
 import time
+from collections.abc import Iterable
 from itertools import islice
 
 import numpy as np
 import torch
+from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from benchmarks import common
@@ -28,14 +32,14 @@ class Plain(Dataset):
     def __init__(self, split: Split):
         self.split, self.compose = split, train_transform()
 
-    def __getitem__(self, index: int):
+    def __getitem__(self, index: int) -> tuple[Tensor, int]:
         return self.compose(image=self.split.images[index])["image"], int(self.split.labels[index])
 
     def __len__(self) -> int:
         return len(self.split)
 
 
-def rate(loader) -> float:
+def rate(loader: Iterable[tuple[Tensor, Tensor]]) -> float:
     """Images a second over one whole pass, from the first request to the last batch."""
     begin = time.perf_counter()
     count = sum(len(labels) for _, labels in loader)
@@ -57,7 +61,7 @@ def loaders_of(split: Split, batch: int) -> dict[str, DataLoader]:
     }
 
 
-def distinct(loader) -> int:
+def distinct(loader: Iterable[tuple[Tensor, Tensor]]) -> int:
     """How many different images a pass over copies of one and the same image yields."""
     return len({image.numpy().tobytes() for images, _ in loader for image in images})
 
@@ -83,7 +87,8 @@ def main(argv: list[str] | None = None) -> None:
         loaders = loaders_of(split, batch)
         for loader in loaders.values():  # pages, caches, worker processes
             list(islice(loader, 1)) if loader.num_workers == 0 else rate(loader)
-        found = common.measure({k: lambda v=v: rate(v) for k, v in loaders.items()}, given.rounds)
+        variants = {name: functools.partial(rate, loader) for name, loader in loaders.items()}
+        found = common.measure(variants, given.rounds)
         draws = count_distinct(split.images[0], count)
         result = summarize(found, draws, count, given)
     finally:
@@ -91,7 +96,9 @@ def main(argv: list[str] | None = None) -> None:
     common.publish(result, given)
 
 
-def summarize(found: dict, draws: dict, count: int, given) -> dict:
+def summarize(
+    found: dict[str, list[float]], draws: dict[str, int], count: int, given: argparse.Namespace
+) -> dict:
     """The result with its claims."""
     batches, library, one, two = found.values()
     claims = [

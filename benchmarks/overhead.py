@@ -7,21 +7,26 @@ end of each epoch one more, with weights, history and events) is timed apart, se
 the measure of an epoch of 98 steps.
 """
 
+import argparse
 import contextlib
+import functools
 import io
 import statistics
 import tempfile
 import time
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import torch
+from torch import nn
 from torch.nn import functional as F
 
 from benchmarks import common
 from checkpoint import save_checkpoint, save_weights
 from config import Config
-from data import Loaders, make_loaders
+from data import Loaders, limit_batches, make_loaders, start_epoch
 from models import make_model
 from run import make_card
 from training.loops import fit_model, forward_all, score
@@ -33,7 +38,9 @@ CPU = torch.device("cpu")
 EPOCH = 98  # steps: 50,000 images in batches of 512
 
 
-def prepare(config: Config, steps: int):
+def prepare(
+    config: Config, steps: int
+) -> tuple[nn.Module, torch.optim.Optimizer, torch.optim.lr_scheduler.LRScheduler]:
     """Network, optimizer and schedule as a run makes them, the same every time."""
     torch.manual_seed(0)
     model = make_model(config.model, **config.model_options).to(memory_format=torch.channels_last)
@@ -43,11 +50,11 @@ def prepare(config: Config, steps: int):
 
 def fit_seconds(config: Config, loaders: Loaders, steps: int) -> float:
     """Seconds that `fit_model` takes for some steps and a batch of evaluation."""
-    parts = prepare(config, steps)
-    loaders.train.sampler.batches = steps
+    model, optimizer, scheduler = prepare(config, steps)
+    limit_batches(loaders.train, steps)
     begin = time.perf_counter()
     with contextlib.redirect_stdout(io.StringIO()):
-        fit_model(parts[0], CPU, loaders.train, loaders.test, *parts[1:], epochs=1)
+        fit_model(model, CPU, loaders.train, loaders.test, optimizer, scheduler, 1)
     return time.perf_counter() - begin
 
 
@@ -55,8 +62,8 @@ def bare_seconds(config: Config, loaders: Loaders, steps: int) -> float:
     """Seconds that the least code takes for the same."""
     model, optimizer, scheduler = prepare(config, steps)
     dtype = pick_precision("auto", CPU)
-    loaders.train.sampler.set_epoch(1)
-    loaders.train.sampler.batches = steps
+    start_epoch(loaders.train, 1)
+    limit_batches(loaders.train, steps)
     begin = time.perf_counter()
     model.train()
     for images, labels in loaders.train:
@@ -76,7 +83,7 @@ def writing_seconds(config: Config, loaders: Loaders, count: int = 8) -> tuple[f
     images, labels = next(iter(loaders.train))
     F.cross_entropy(model(images[:8]), labels[:8]).backward()
     optimizer.step()  # an optimizer has its moments from the first step on
-    parts = {"model": model, "optimizer": optimizer, "scheduler": scheduler}
+    parts: dict[str, Any] = {"model": model, "optimizer": optimizer, "scheduler": scheduler}
     card, history, saves, ends = make_card(config, loaders), History(), [], []
 
     def save(folder: Path) -> None:
@@ -98,7 +105,7 @@ def writing_seconds(config: Config, loaders: Loaders, count: int = 8) -> tuple[f
     return statistics.median(saves), statistics.median(ends)
 
 
-def seconds_of(call) -> float:
+def seconds_of(call: Callable[[], None]) -> float:
     """How long a call takes."""
     begin = time.perf_counter()
     call()
@@ -111,15 +118,15 @@ def a_row(epoch: int) -> Epoch:
     return Epoch(epoch=epoch, lr=1e-3, seconds=1.0, images_per_second=1.0, **dict.fromkeys(parts, 0.5))
 
 
-def compare(width: int, steps: int, given) -> tuple[list[dict], list[dict]]:
+def compare(width: int, steps: int, given: argparse.Namespace) -> tuple[list[dict], list[dict]]:
     """Rows and claims at one width."""
-    sample = {"dataset": "cifar10-sample", "batch_size": 32} if given.smoke else {}
+    sample: dict[str, Any] = {"dataset": "cifar10-sample", "batch_size": 32} if given.smoke else {}
     config = Config(width=width, max_test_batches=1, **sample)
     loaders = make_loaders(config)
     variants = {}
     for name, call in (("bare loop", bare_seconds), ("fit_model", fit_seconds)):
         call(config, loaders, 1)  # imports, pages, kernels
-        variants[f"width {width}, {name}"] = lambda call=call: call(config, loaders, steps)
+        variants[f"width {width}, {name}"] = functools.partial(call, config, loaders, steps)
     found = common.measure(variants, given.rounds)
     save, end = writing_seconds(config, loaders)
     bare, fit = found.values()

@@ -138,11 +138,11 @@ def end(process: subprocess.Popen) -> int:
 def outcome(log: str, history: History, pieces: list[float | None]) -> dict:
     """What a run that is done has shown; the accuracy is that which main.py prints at its end."""
     percent, images = re.findall(r"test accuracy ([\d.]+)% of ([\d,]+) images", log)[-1]
-    rows = history.epochs
+    rows, known = history.epochs, [piece for piece in pieces if piece is not None]
     return {
         "accuracy": round(float(percent) / 100, 6),
         "images": int(images.replace(",", "")),
-        "command_seconds": None if None in pieces else round(sum(pieces), 2),
+        "command_seconds": round(sum(known), 2) if len(known) == len(pieces) else None,
         "training_seconds": round(sum(row.seconds for row in rows), 2),
         "epoch_seconds": [round(row.seconds, 3) for row in rows],
         "test_accuracies": [row.test_accuracy for row in rows],
@@ -173,8 +173,8 @@ def summarize(record: dict) -> dict:
 
 def middle(values: list[float | None]) -> float | None:
     """The median of those that are known, or None."""
-    values = [value for value in values if value is not None]
-    return statistics.median(values) if values else None
+    known = [value for value in values if value is not None]
+    return statistics.median(known) if known else None
 
 
 def time_to(run: dict, target: float) -> tuple[int, float] | None:

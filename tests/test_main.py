@@ -256,7 +256,7 @@ def test_a_loader_without_batches_is_refused():
 def test_weights_ruined_by_the_last_update_stop_the_run_and_are_not_kept(loaders, tmp_path):
     model, _ = build()
     optimizer = torch.optim.SGD(model.parameters(), lr=1e30)
-    loaders[0].sampler.batches = 1
+    data.limit_batches(loaders[0], 1)
     with pytest.raises(FloatingPointError, match=r"the test loss is (nan|inf) after epoch 1"):
         main.fit_model(
             model,

@@ -7,6 +7,8 @@ package gets an environment of its own under benchmarks/.env, which takes PyTorc
 use Adam at 0.001 and start from the same weights. The first step is not timed.
 """
 
+import argparse
+import functools
 import os
 import subprocess
 import sys
@@ -81,7 +83,9 @@ def available(names: list[str]) -> tuple[list[str], list[str]]:
     return found, lines
 
 
-def compare(names: list[str], sizes: dict, device: torch.device, given) -> dict[str, list[dict]]:
+def compare(
+    names: list[str], sizes: dict[str, int], device: torch.device, given: argparse.Namespace
+) -> dict[str, list[dict]]:
     """Every round's result of every peer."""
     split = load_split("cifar10-sample" if given.smoke else "cifar10", "train")
     options = sizes | {
@@ -91,7 +95,7 @@ def compare(names: list[str], sizes: dict, device: torch.device, given) -> dict[
         "device": device,
     }
     flags = [word for key, value in options.items() for word in (f"--{key}", str(value))]
-    results = {name: [] for name in names}
+    results: dict[str, list[dict]] = {name: [] for name in names}
 
     def rate(name: str) -> float:
         results[name].append(run_peer(name, Path(folder), flags))
@@ -100,11 +104,11 @@ def compare(names: list[str], sizes: dict, device: torch.device, given) -> dict[
     with tempfile.TemporaryDirectory() as folder:
         np.save(Path(folder) / "images.npy", split.images)
         np.save(Path(folder) / "labels.npy", split.labels)
-        common.measure({name: lambda name=name: rate(name) for name in names}, given.rounds)
+        common.measure({name: functools.partial(rate, name) for name in names}, given.rounds)
     return results
 
 
-def summarize(results: dict[str, list[dict]], sizes: dict, given) -> dict:
+def summarize(results: dict[str, list[dict]], sizes: dict[str, int], given: argparse.Namespace) -> dict:
     """Rows and claims; every peer must have made the same number of updates."""
     made = {name: found[0]["updates"] for name, found in results.items()}
     if set(made.values()) != {sizes["steps"] + 1}:

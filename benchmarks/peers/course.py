@@ -1,7 +1,8 @@
 """The course's loop: fp32, NCHW, the loss read at every step, Albumentations in two workers."""
 
+import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
@@ -19,7 +20,7 @@ class Cifar(Dataset):
     def __len__(self) -> int:
         return len(self.images)
 
-    def __getitem__(self, index: int):
+    def __getitem__(self, index: int) -> tuple[Tensor, np.int64]:
         return self.transform(image=self.images[index])["image"], self.labels[index]
 
 

@@ -1,7 +1,7 @@
 """A plain loop with torchvision, in the style of pytorch-cifar: crop, flip, fp32, NCHW."""
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 from torchvision import transforms as T
 from torchvision.transforms.functional import to_pil_image
@@ -25,7 +25,7 @@ class Cifar(Dataset):
     def __len__(self) -> int:
         return len(self.images)
 
-    def __getitem__(self, index: int):
+    def __getitem__(self, index: int) -> tuple[Tensor, int]:
         return self.transform(to_pil_image(self.images[index])), int(self.labels[index])
 
 

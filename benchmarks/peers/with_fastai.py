@@ -9,6 +9,7 @@ import warnings
 from fastai.callback import channelslast  # noqa: F401, gives Learner its to_channelslast
 from fastai.callback.core import Callback
 from fastai.data.block import CategoryBlock, DataBlock
+from fastai.data.core import DataLoaders
 from fastai.data.transforms import IndexSplitter, Normalize
 from fastai.learner import Learner
 from fastai.vision.augment import CropPad, Flip, PadMode, RandomCrop
@@ -31,7 +32,7 @@ class Clock(Callback):
             self.job.mark()
 
 
-def make_loaders(job: Job):
+def make_loaders(job: Job) -> DataLoaders:
     """DataLoaders over as many images as the job needs; a Learner must have images to validate with."""
     block = DataBlock(
         blocks=(ImageBlock, CategoryBlock),

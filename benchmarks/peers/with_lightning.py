@@ -5,7 +5,7 @@ Mixed precision, workers that stay, nothing read from the device in a step, its 
 
 import lightning
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader
 
@@ -22,14 +22,14 @@ class Classifier(lightning.LightningModule):
         super().__init__()
         self.model = model
 
-    def training_step(self, batch, index: int):
+    def training_step(self, batch: tuple[Tensor, Tensor], index: int) -> Tensor:
         """Cross-entropy of one batch."""
         images, labels = batch
         loss = F.cross_entropy(self.model(images), labels)
         self.log("train_loss", loss)
         return loss
 
-    def configure_optimizers(self):
+    def configure_optimizers(self) -> torch.optim.Optimizer:
         """Adam, as for everyone."""
         return torch.optim.Adam(self.parameters(), lr=LR)
 
@@ -40,7 +40,7 @@ class Clock(lightning.Callback):
     def __init__(self, job: Job):
         self.job = job
 
-    def on_train_batch_end(self, *arguments) -> None:
+    def on_train_batch_end(self, *arguments: object) -> None:
         """One update is done."""
         self.job.mark()
 
