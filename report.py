@@ -13,7 +13,7 @@ from config import STORAGE_FIELDS, Config, command_of
 from files import write_whole
 from training.lr_finder import LRFinderResult, read_finder
 from transforms import denormalize
-from utils import History, Predictions
+from utils import History, Predictions, markdown_table
 from visualize import (
     cam_layers,
     plot_confusion_matrix,
@@ -140,12 +140,6 @@ def figure(name: str, caption: str) -> str:
     return f"![{caption}](figures/{name}.png)"
 
 
-def table(heads: list[str], rows: list[list]) -> str:
-    """A Markdown table; every column but the first is aligned right."""
-    lines = [heads, ["---", *["---:"] * (len(heads) - 1)], *rows]
-    return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in lines)
-
-
 def escape(name: str) -> str:
     """A name of somebody's as Markdown shows it, whatever is in it."""
     return re.sub(r"([\\`*_<>|\[\]$&~])", r"\\\1", name)
@@ -178,7 +172,7 @@ def headline(config: dict, history: History, predictions: Predictions, classes) 
         f"# {config['model']} on {config['dataset']}: {predictions.accuracy:.2%}",
         *warnings_of(config, history, predictions, classes),
         " ".join(how_evaluated(config)),
-        table(["", "this run"], facts),
+        markdown_table(["", "this run"], facts),
     )
 
 
@@ -274,7 +268,7 @@ def finder_section(config: dict, found: LRFinderResult | None, history: History)
         f"{len(found.lrs)} steps, while the rate rose from {found.lrs[0]:.0e} to {found.lrs[-1]:.0e}. "
         "Rules read its curve differently: start is where the loss begins to fall, steepest where it "
         "falls fastest, valley half-way along the longest fall, minimum the floor.",
-        table(["rule", "rate", "used as"], rows),
+        markdown_table(["rule", "rate", "used as"], rows),
         figure("lr_finder", "Loss against learning rate"),
         f"The rule `{config['lr_rule']}` gave the peak. {schedule_line(config, history)}",
     )
@@ -304,7 +298,7 @@ def training_section(config: dict, history: History) -> str:
     return paragraphs(
         "## Training",
         f"{method(config, history)} {gap(history)}",
-        table([*heads, "seconds", "images/s"], rows),
+        markdown_table([*heads, "seconds", "images/s"], rows),
         figure("curves", "Loss and accuracy by epoch"),
         figure("lr_history", "Learning rate by step"),
     )
@@ -357,7 +351,7 @@ def classes_section(predictions: Predictions, classes) -> str:
         "## Classes",
         "Recall is the share of a class's images that are found, precision that of its answers that are "
         f"right. Found best is {easy}, worst {hard}.",
-        table(["class", "precision", "recall", "F1", "images"], rows),
+        markdown_table(["class", "precision", "recall", "F1", "images"], rows),
         figure("confusion_matrix", "Confusion matrix"),
     )
 
@@ -391,7 +385,7 @@ def mistakes_section(predictions: Predictions, layers: list[str], classes) -> st
         "## Mistakes",
         f"{said} In {second:.0%} of them the true class is the second guess; in {sure:.0%} the wrong "
         "answer has a probability over 90%. Most often confused are:",
-        table(["a, b", "a taken for b", "b taken for a", "of all mistakes"], pairs),
+        markdown_table(["a, b", "a taken for b", "b taken for a", "of all mistakes"], pairs),
         "Shown are the mistakes that the network was surest of, each with the true class, the predicted "
         "one and its probability.",
         figure("misclassified", "Most confident mistakes"),
@@ -412,5 +406,5 @@ def repeat_section(config: dict, environment: dict) -> str:
         f"Seed {config['seed']}; {environment['machine']}; {environment['versions']}.",
         "On a CPU, the same versions and number of threads give the same bits. Another seed gives "
         "another result: one run cannot tell two settings apart whose results are close.",
-        table(["field", "value"], rows),
+        markdown_table(["field", "value"], rows),
     )

@@ -296,6 +296,13 @@ def summarize(model: nn.Module, image_size: int = 32) -> str:
     return str(table).replace("Units.MEGABYTES", "M").replace("Units.GIGABYTES", "G")
 
 
+def markdown_table(heads: list[str], rows: list[list], left: tuple[int, ...] = (0,)) -> str:
+    """A Markdown table whose columns are aligned right, but for those whose indices are in `left`."""
+    head, *body = (f"| {' | '.join(map(str, line))} |" for line in [heads, *rows])
+    rule = "".join("---|" if column in left else "---:|" for column in range(len(heads)))
+    return "\n".join([head, f"|{rule}", *body])
+
+
 def choose(name: str, value: str, choices: Collection[str]) -> None:
     """Refuse a value that is not among the choices, and name the nearest one.
 

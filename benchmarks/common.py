@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 
 from files import write_whole
-from utils import environment, get_device
+from utils import environment, get_device, markdown_table
 
 ROOT = Path(__file__).parents[1]
 RESULTS = Path(__file__).parent / "results"
@@ -109,16 +109,16 @@ def render(result: dict) -> str:
     """A result as Markdown: its variants, its claims, and where the numbers are from."""
     heads = list(result["rows"][0]["columns"])
     rows = [
-        [row["variant"], quantity(row["median"]), interval(row), *map(str, row["columns"].values())]
+        [row["variant"], quantity(row["median"]), interval(row), *row["columns"].values()]
         for row in result["rows"]
     ]
-    parts = [table([result["name"], result["unit"], "range", *heads], rows)]
+    parts = [markdown_table([result["name"], result["unit"], "range", *heads], rows)]
     if result["claims"]:
         cells = [
             [claim["claim"], quantity(claim["median"]), interval(claim), aim(claim)]
             for claim in result["claims"]
         ]
-        parts.append(table(["ratio", "median", "range", "claimed"], cells))
+        parts.append(markdown_table(["ratio", "median", "range", "claimed"], cells))
     parts += [result["note"]] if result.get("note") else []
     versions = ", ".join(result["versions"].split(", ")[:2])
     rounds = result["settings"]["rounds"]
@@ -148,9 +148,3 @@ def quantity(value: float) -> str:
         return f"{value:,.0f}"
     digits = next((n for limit, n in ((100, 1), (10, 2), (0.1, 3)) if abs(value) >= limit), 5)
     return f"{value:.{digits}f}"
-
-
-def table(heads: list[str], rows: list[list[str]]) -> str:
-    """A Markdown table: words to the left, everything else to the right."""
-    head, *body = (f"| {' | '.join(line)} |" for line in [heads, *rows])
-    return "\n".join([head, "|---|" + "---:|" * (len(heads) - 1), *body])

@@ -12,6 +12,7 @@ from pathlib import Path
 
 from benchmarks import common, time_to_accuracy
 from files import write_whole
+from utils import markdown_table
 
 PAGES = tuple(common.ROOT / name for name in ("README.md", "docs/benchmarks.md", "docs/reliability.md"))
 BATTERY = common.ROOT / "tests" / "battery" / "results.json"
@@ -42,17 +43,14 @@ def table_of(name: str, folder: Path) -> str:
 
 def render_battery(results: dict) -> str:
     """What `make battery` wrote, as Markdown."""
-    lines = [
-        "| fault | tried | landed | losses | the same without the guard |",
-        "|---|---:|---:|---:|---|",
-    ]
+    rows = []
     for row in results["rows"]:
         fault = row["fault"] + f" ({row['note']})" * bool(row["note"])
-        numbers = f"{row['tried']:,} | {row['landed']:,} | {row['losses']}"
-        lines.append(f"| {fault} | {numbers} | {row['control']} |")
+        rows.append([fault, f"{row['tried']:,}", f"{row['landed']:,}", row["losses"], row["control"]])
+    heads = ["fault", "tried", "landed", "losses", "the same without the guard"]
     versions = ", ".join(results["versions"].split(", ")[:2])
-    lines += ["", f"{results['machine']}; {versions}; {results['minutes']:.0f} minutes; `make battery`"]
-    return "\n".join(lines)
+    facts = f"{results['machine']}; {versions}; {results['minutes']:.0f} minutes; `make battery`"
+    return f"{markdown_table(heads, rows, left=(0, 4))}\n\n{facts}"
 
 
 def fill(text: str, folder: Path = common.RESULTS) -> str:

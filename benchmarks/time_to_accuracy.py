@@ -22,7 +22,7 @@ from benchmarks import common
 from config import RECIPES, Config, parse_config
 from files import write_whole
 from models import make_model
-from utils import History, environment, get_device
+from utils import History, environment, get_device, markdown_table
 
 RUNS = common.ROOT / "runs" / "benchmarks"
 PATIENCE = 120  # seconds for a run that was told to stop to write its checkpoint
@@ -200,7 +200,7 @@ def render(records: list[dict]) -> str:
             [
                 f"{record['model']}{width}",
                 f"{record['parameters']:,}",
-                str(record["epochs"]),
+                record["epochs"],
                 f"{100 * record['mean']:.2f}{deviation} % ({len(record['seeds'])}){views}",
                 common.quantity(record["training_seconds"]),
                 common.quantity(record["command_seconds"]) if record["command_seconds"] else "",
@@ -209,7 +209,7 @@ def render(records: list[dict]) -> str:
             ]
         )
     heads = ["model", "parameters", "epochs", "test accuracy (seeds)"]
-    return common.table([*heads, "epochs, s", "command, s", "machine", "command"], rows)
+    return markdown_table([*heads, "epochs, s", "command, s", "machine", "command"], rows)
 
 
 def main(argv: list[str] | None = None) -> None:
