@@ -160,7 +160,7 @@ def report_command(argv: list[str]) -> None:
 
 
 def compare_command(argv: list[str]) -> None:
-    """main.py compare RUN RUN...: a table of runs and a figure of their curves; no model is loaded."""
+    """main.py compare RUN RUN...: a table of runs, and a figure of their curves."""
     from report import comparison, print_columns
     from visualize import plot_history, save_figure
 

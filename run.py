@@ -3,7 +3,6 @@
 import argparse
 import contextlib
 import json
-import re
 import time
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -311,11 +310,11 @@ def read_runs(folders: list[str]) -> dict[str, tuple[Config, History, str]]:
     runs = {}
     for path, name in zip(paths, names, strict=True):
         config, history = read_files(path, "config.json", "history.json")
-        summary = path / "summary.txt"
-        text = summary.read_text(encoding="utf-8") if summary.is_file() else ""
-        parameters = re.search(r"Total params: ([\d,]+)", text)
+        parameters = "?"
+        with contextlib.suppress(ValueError):  # curves can be compared without the weights
+            parameters = f"{sum(p.numel() for p in load_weights(path)[0].parameters()):,}"
         label = name if names.count(name) == 1 else str(path)
-        runs[label] = config, history, parameters[1] if parameters else "?"
+        runs[label] = config, history, parameters
     return runs
 
 
