@@ -41,9 +41,9 @@ from starlette.responses import PlainTextResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from torch import nn
 
-from checkpoint import DEFAULT_WEIGHTS, load_weights
+from checkpoint import DEFAULT_WEIGHTS, load_weights, read_files
 from config import make_parser
-from run import predict_images, read_files, run_config, test_images
+from run import predict_images, run_config, test_images
 from sources.cifar10 import CLASSES
 from sources.folder import read_image
 from sources.split import Split

@@ -429,3 +429,32 @@ def check_card(card: dict) -> None:
             raise ValueError(f"{name} {card[name]}")
     if min(card["std"]) <= 0 or not isinstance(card.get("config", {}), dict):
         raise ValueError("std is not positive, or config no mapping")
+
+
+def read_files(folder: Path, *names: str) -> list:
+    """JSON files of a run folder as what they describe: `Config`, machine and versions, `History`.
+
+    Raises:
+        ValueError: one is not there, or not what this package writes; it is named.
+    """
+    readers = {
+        "config.json": lambda path: Config(**json.loads(path.read_bytes())),
+        "environment.json": lambda path: "{machine}; {versions}".format(**json.loads(path.read_bytes())),
+        "history.json": lambda path: finished(History.load(path.parent)),
+    }
+    found = []
+    for name in names:
+        try:
+            found.append(readers[name](folder / name))
+        except (FileNotFoundError, NotADirectoryError):
+            raise ValueError(f"{folder} is no run folder: it has no {name}") from None
+        except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+            raise ValueError(f"{folder / name} is not what a run writes ({error})") from None
+    return found
+
+
+def finished(history: History) -> History:
+    """The history, if it has an epoch."""
+    if not history.epochs:
+        raise ValueError("no epoch is finished")
+    return history

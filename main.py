@@ -31,7 +31,6 @@ from run import (
     predict_images,
     prepare,
     range_test,
-    read_files,
     read_model,
     read_runs,
     report_run,
@@ -149,7 +148,6 @@ def report_command(argv: list[str]) -> None:
     folder = Path(given.weights)
     with bad_input_refused():
         model, card, device = read_model(given)
-        read_files(folder, "config.json", "environment.json", "history.json")
         config = run_config(card, given)
         loaders = make_loaders(config, device)
         now = make_card(config, loaders)

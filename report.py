@@ -1,14 +1,14 @@
 """Turns one finished run into a folder a person can read."""
 
-import json
 import re
 import textwrap
-from dataclasses import fields
+from dataclasses import asdict, fields
 from pathlib import Path
 
 import numpy as np
 from torch import nn
 
+from checkpoint import read_files
 from config import STORAGE_FIELDS, Config, command_of
 from files import write_whole
 from training.lr_finder import LRFinderResult, read_finder
@@ -76,9 +76,8 @@ def write_report(folder: str | Path, model: nn.Module, loaders, predictions: Pre
         The path of report.md.
     """
     folder = Path(folder)
-    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    environment = json.loads((folder / "environment.json").read_text(encoding="utf-8"))
-    history = History.load(folder)
+    run, machine, history = read_files(folder, "config.json", "environment.json", "history.json")
+    config = asdict(run)
     found = read_finder(folder) if config["lr"] is None else None
     draw_training(folder, config, history, found, loaders)
     layers = draw_results(folder, model, loaders, predictions)
@@ -91,7 +90,7 @@ def write_report(folder: str | Path, model: nn.Module, loaders, predictions: Pre
         training_section(config, history),
         classes_section(predictions, classes),
         mistakes_section(predictions, layers, classes),
-        repeat_section(config, environment),
+        repeat_section(config, machine),
     ]
     path = folder / "report.md"
     write_whole(path, "\n\n".join(parts) + "\n")
@@ -397,13 +396,13 @@ def mistakes_section(predictions: Predictions, layers: list[str], classes) -> st
     )
 
 
-def repeat_section(config: dict, environment: dict) -> str:
+def repeat_section(config: dict, machine: str) -> str:
     """The command, the machine, and every field of the run."""
     rows = [[name, "" if value is None else value] for name, value in config.items()]
     return paragraphs(
         "## To repeat it",
         f"```\n{command_of(Config(**config))}\n```",
-        f"Seed {config['seed']}; {environment['machine']}; {environment['versions']}.",
+        f"Seed {config['seed']}; {machine}.",
         "On a CPU, the same versions and number of threads give the same bits. Another seed gives "
         "another result: one run cannot tell two settings apart whose results are close.",
         markdown_table(["field", "value"], rows),

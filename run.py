@@ -13,7 +13,7 @@ from torch import nn
 from torch.optim.lr_scheduler import OneCycleLR
 from torch.utils.data import DataLoader
 
-from checkpoint import Checkpoints, check_same_run, load_checkpoint, load_weights
+from checkpoint import Checkpoints, check_same_run, load_checkpoint, load_weights, read_files
 from config import Config
 from data import Loaders, dataset_of, make_loader, make_loaders
 from files import lock_folder, unlocked_on_error, write_whole
@@ -263,35 +263,6 @@ def test_images(
         )
     whole = replace(config, max_test_batches=None)
     return split, make_loader(split, test_transform(card["mean"], card["std"]), device, whole)
-
-
-def read_files(folder: Path, *names: str) -> list:
-    """JSON files of a run folder as what they describe: `Config`, machine, `History`.
-
-    Raises:
-        ValueError: one is not there, or not what this package writes; it is named.
-    """
-    readers = {
-        "config.json": lambda path: Config(**json.loads(path.read_text(encoding="utf-8"))),
-        "environment.json": lambda path: json.loads(path.read_text(encoding="utf-8"))["machine"],
-        "history.json": lambda path: finished(History.load(path.parent)),
-    }
-    found = []
-    for name in names:
-        try:
-            found.append(readers[name](folder / name))
-        except (FileNotFoundError, NotADirectoryError):
-            raise ValueError(f"{folder} is no run folder: it has no {name}") from None
-        except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
-            raise ValueError(f"{folder / name} is not what a run writes ({error})") from None
-    return found
-
-
-def finished(history: History) -> History:
-    """The history, if it has an epoch."""
-    if not history.epochs:
-        raise ValueError("no epoch is finished")
-    return history
 
 
 def read_runs(folders: list[str]) -> dict[str, tuple[Config, History, str]]:
