@@ -184,7 +184,7 @@ def warnings_of(config: dict, history: History, predictions: Predictions, classe
         found.append(f"the network is dead: it answers {classes[answers[0]]} for every test image")
     peak = int(np.argmax([row.lr for row in history.epochs]))
     after = history.epochs[peak + 1 :] or [last]
-    evaluated = [(row.epoch, list(row.stats().values())[1].loss) for row in after]
+    evaluated = [(row.epoch, row.stats()[row.parts[1]].loss) for row in after]
     epochs = [str(epoch) for epoch, loss in evaluated if loss >= chance]
     if epochs:
         found.append(f"no better than guessing (loss {chance:.3f}) after epoch {', '.join(epochs)}")
@@ -285,9 +285,8 @@ def schedule_line(config: dict, history: History) -> str:
 
 def training_section(config: dict, history: History) -> str:
     """How it was trained, the log, the curves and the rate of every step."""
-    parts = ["train", "val", "test"] if "val" in history.epochs[0].stats() else ["train", "test"]
+    parts, rows = history.epochs[0].parts, []
     heads = ["epoch", "lr", *(f"{part} {metric}" for part in parts for metric in ("loss", "acc"))]
-    rows = []
     for row in history.epochs:
         stats, cells = row.stats(), [row.epoch, f"{row.lr:.2e}"]
         for part in parts:
@@ -317,9 +316,8 @@ def method(config: dict, history: History) -> str:
 def gap(history: History) -> str:
     """What the last training and test accuracy say about each other."""
     row = history.epochs[-1]
-    name, evaluated = list(row.stats().items())[1]
-    points = 100 * (row.train_accuracy - evaluated.accuracy)
-    name = "validation" if name == "val" else name
+    points = 100 * (row.train_accuracy - row.stats()[row.parts[1]].accuracy)
+    name = "validation" if row.parts[1] == "val" else "test"
     numbers = f"Training accuracy ended {abs(points):.1f} points"
     if points <= 0:
         return (

@@ -77,10 +77,15 @@ class Epoch:
     seconds: float  # of training and evaluation together
     images_per_second: float  # of training alone
 
+    @property
+    def parts(self) -> tuple[str, ...]:
+        """Parts of the data, the second evaluated after each epoch: "val" if held out, else "test"."""
+        return ("train", "test") if self.val_loss is None else ("train", "val", "test")
+
     def stats(self) -> dict[str, Stats]:
         """What was measured: "train", and "val" and "test" where they were."""
-        parts = {part: (f"{part}_loss", f"{part}_accuracy") for part in ("train", "val", "test")}
-        pairs = {part: Stats(*(getattr(self, name) for name in names)) for part, names in parts.items()}
+        row = vars(self)
+        pairs = {part: Stats(row[f"{part}_loss"], row[f"{part}_accuracy"]) for part in self.parts}
         return {part: stats for part, stats in pairs.items() if stats.loss is not None}
 
 

@@ -151,7 +151,7 @@ def plot_history(histories: dict[str, History]) -> Figure:
 
 def draw_curves(axes: np.ndarray, name: str, history: History, color: str, mark: str) -> None:
     """A run's loss and accuracy on two axes; the solid line's label tells how both end."""
-    part = "val" if "val" in history.epochs[0].stats() else "test"
+    part = history.epochs[0].parts[1]
     epochs = [row.epoch for row in history.epochs]
     for axis, metric in zip(axes, ("loss", "accuracy"), strict=True):
         trained = [getattr(row, f"train_{metric}") for row in history.epochs]

@@ -56,13 +56,12 @@ def make_row(epoch_state: EpochState, stats: dict[str, Stats], seconds: float) -
 def print_row(row: Epoch, header: bool) -> None:
     """One line of the training table, after its head if `header`."""
     stats = row.stats()
-    parts = ["train", "val", "test"] if "val" in stats else ["train", "test"]
     if header:
-        heads = "".join(f"{part + ' loss':>12}{'acc':>8}" for part in parts)
+        heads = "".join(f"{part + ' loss':>12}{'acc':>8}" for part in row.parts)
         print(f"{'epoch':>5}{'lr':>11}{heads}{'seconds':>9}{'images/s':>10}")
     cells = [
         f"{stats[part].loss:>12.4f}{stats[part].accuracy:>8.2%}" if part in stats else f"{'':>20}"
-        for part in parts
+        for part in row.parts
     ]
     times = f"{row.seconds:>9.1f}{row.images_per_second:>10,.0f}"
     print(f"{row.epoch:>5}{row.lr:>11.3g}{''.join(cells)}{times}", flush=True)
