@@ -11,6 +11,7 @@ from torch import nn
 from checkpoint import read_files
 from config import STORAGE_FIELDS, Config, command_of
 from files import write_whole
+from training.guards import LR_HINT, fault_of
 from training.lr_finder import LRFinderResult, read_finder
 from transforms import denormalize
 from utils import History, Predictions, markdown_table
@@ -177,19 +178,14 @@ def headline(config: dict, history: History, predictions: Predictions, classes) 
 
 def warnings_of(config: dict, history: History, predictions: Predictions, classes) -> list[str]:
     """What makes the result worth little: a network that is dead, or a run that was cut short."""
-    found = []
-    chance, last = float(np.log(len(classes))), history.epochs[-1]
-    answers = np.unique(predictions.predicted)
-    if len(answers) == 1:
-        found.append(f"the network is dead: it answers {classes[answers[0]]} for every test image")
-    peak = int(np.argmax([row.lr for row in history.epochs]))
-    after = history.epochs[peak + 1 :] or [last]
-    evaluated = [(row.epoch, row.stats()[row.parts[1]].loss) for row in after]
-    epochs = [str(epoch) for epoch, loss in evaluated if loss >= chance]
-    if epochs:
-        found.append(f"no better than guessing (loss {chance:.3f}) after epoch {', '.join(epochs)}")
+    faults, last = {}, history.epochs[-1]
+    for row, lrs in zip(history.epochs, np.array_split(history.lrs, last.epoch), strict=True):
+        answers = predictions.predicted if row is last else None
+        fault = fault_of(lrs, row is last, row.stats()[row.parts[1]].loss, len(classes), answers)
+        faults.setdefault(fault, []).append(str(row.epoch))
+    found = [f"the network {fault} after epoch {', '.join(faults[fault])}" for fault in faults if fault]
     if found:
-        found.append("a lower rate may help, or fp32 where it was not")
+        found.append(LR_HINT)
     if last.epoch < config["epochs"]:
         found.append(f"this run stopped after {last.epoch} of {config['epochs']} epochs")
     return [f"> **Warning:** {'; '.join(found)}."] if found else []

@@ -135,15 +135,23 @@ def make_predictions(predicted, labels):
     ("losses", "predicted", "warning"),
     [
         ((9.0, 0.5, 0.4), [0, 1], None),  # the first epoch is the warm-up
-        ((1.0, 0.5, 0.4), [1, 1], "the network is dead: it answers b for every test image; a lower"),
-        ((1.0, 1.2, 0.4), [0, 1], "no better than guessing (loss 1.099) after epoch 2; a lower rate"),
+        ((1.0, 0.5, 0.4), [1, 1], "network answers one class for every image after epoch 3; a lower"),
+        ((1.0, 1.2, 0.4), [0, 1], "is no better than guessing (a loss of 1.099) after epoch 2; a lower"),
         ((1.0, 0.5), [0, 1], "this run stopped after 2 of 3 epochs."),
     ],
 )
 def test_a_result_that_is_worth_little_comes_with_a_warning(losses, predicted, warning):
     predictions = make_predictions(predicted, [0, 1])
-    found = warnings_of(asdict(Config(epochs=3)), make_history(*losses), predictions, "abc")
+    history = make_history(*losses)
+    history.lrs = [0.05, 0.1, 0.09, 0.07, 0.05, 0.03][: 2 * len(losses)]
+    found = warnings_of(asdict(Config(epochs=3)), history, predictions, "abc")
     assert len(found) == (warning is not None) and (not found or warning in found[0])
+
+
+def test_a_first_epoch_that_was_no_warm_up_is_judged_in_the_report_as_in_training():
+    predictions = make_predictions([0, 1], [0, 1])
+    found = warnings_of(asdict(Config(epochs=2)), make_history(9.0, 0.5), predictions, "abc")
+    assert "after epoch 1;" in found[0]
 
 
 @pytest.mark.parametrize(("count", "said"), [(1, "1 epoch of 1 step, "), (2, "2 epochs of 1 step, ")])

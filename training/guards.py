@@ -5,7 +5,7 @@ import math
 import signal
 import threading
 import time
-from collections.abc import Generator, Iterator
+from collections.abc import Generator, Iterator, Sequence
 from types import FrameType
 
 import torch
@@ -73,20 +73,23 @@ def check_finite(epoch_state: EpochState, scaler: torch.amp.GradScaler, lr: floa
     raise FloatingPointError(f"{fault} at {where}; stopped before the update; {LR_HINT}")
 
 
+def fault_of(lrs: Sequence[float], last: bool, loss: float, classes: int, predicted=None) -> str:
+    """What shows that a network learned nothing in an epoch at the rates `lrs`; "" if nothing does."""
+    if lrs[-1] > lrs[0] and not last:  # the warm-up
+        return ""
+    if predicted is not None and (predicted == predicted[0]).all():
+        return "answers one class for every image"
+    chance = math.log(classes)
+    return f"is no better than guessing (a loss of {chance:.3f})" if loss >= chance else ""
+
+
 def warn_if_dead(
     epoch_state: EpochState, part: str, stats: Stats, logits: torch.Tensor, last: bool
 ) -> None:
     """Warn if a network is no better than a constant answer once the warm-up is over."""
-    if epoch_state.lrs[-1] > epoch_state.lrs[0] and not last:
-        return
-    chance = math.log(logits.shape[1])
-    if len(logits.argmax(1).unique()) == 1:
-        print(f"warning: epoch {epoch_state.epoch} predicts one class for every {part} image; {LR_HINT}")
-    elif stats.loss >= chance:
-        print(
-            f"warning: after epoch {epoch_state.epoch} the {part} loss is {stats.loss:.3f}, "
-            f"no better than guessing ({chance:.3f}); {LR_HINT}"
-        )
+    fault = fault_of(epoch_state.lrs, last, stats.loss, logits.shape[1], logits.argmax(1))
+    if fault:
+        print(f"warning: epoch {epoch_state.epoch}: on {part} images the network {fault}; {LR_HINT}")
 
 
 class Stopped(KeyboardInterrupt):
