@@ -9,15 +9,17 @@ demo: .venv/run
 	$(BIN)/python main.py --recipe demo
 	@echo "For further commands: source .venv/bin/activate"
 
-# Before every commit: style, and the tests that are not marked slow.
+# Before every commit: style, types, and the tests that are not marked slow.
 check: .venv/dev .venv/app
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/mypy
 	$(BIN)/python -m pytest -q -m "not slow"
 
 test: .venv/dev .venv/app
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/mypy
 	$(BIN)/python -m pytest
 
 app: .venv/app
