@@ -2,14 +2,17 @@
 
 import re
 import textwrap
+from collections.abc import Sequence
 from dataclasses import asdict, fields
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from torch import nn
 
 from checkpoint import read_files
 from config import STORAGE_FIELDS, Config, command_of
+from data import Loaders, dataset_of
 from files import write_whole
 from training.guards import LR_HINT, fault_of
 from training.lr_finder import LRFinderResult, read_finder
@@ -64,7 +67,9 @@ def print_columns(rows: list[list[str]], width: int) -> None:
         print()
 
 
-def write_report(folder: str | Path, model: nn.Module, loaders, predictions: Predictions) -> Path:
+def write_report(
+    folder: str | Path, model: nn.Module, loaders: Loaders, predictions: Predictions
+) -> Path:
     """Write report.md and its figures into a run folder.
 
     Args:
@@ -98,7 +103,9 @@ def write_report(folder: str | Path, model: nn.Module, loaders, predictions: Pre
     return path
 
 
-def draw_training(folder: Path, config: dict, history: History, found, loaders) -> None:
+def draw_training(
+    folder: Path, config: dict, history: History, found: LRFinderResult | None, loaders: Loaders
+) -> None:
     """The figures of data, rate and curves."""
     images, labels = loaders.train.dataset[1, 0]
     pixels = denormalize(images[:20], **loaders.normalization)
@@ -112,17 +119,20 @@ def draw_training(folder: Path, config: dict, history: History, found, loaders) 
     save_figures(folder, figures)
 
 
-def draw_results(folder: Path, model: nn.Module, loaders, predictions: Predictions) -> list[str]:
+def draw_results(
+    folder: Path, model: nn.Module, loaders: Loaders, predictions: Predictions
+) -> list[str]:
     """The figures of what the network gets right and wrong; returns the layers that Grad-CAM shows."""
-    images, classes = loaders.test.dataset.split.images, loaders.classes
+    images, classes = dataset_of(loaders.test).split.images, loaders.classes
     layers = list(cam_layers(model, images.shape[1]))[-2:]
+    mean, std = loaders.normalization.values()
     figures = {
         "confusion_matrix": plot_confusion_matrix(predictions, classes),
         "misclassified": plot_misclassified(images, predictions, classes),
     }
     for layer in layers:
         figures[f"gradcam_{layer}"] = plot_gradcam(
-            model, images, predictions, classes, layer=layer, **loaders.normalization
+            model, images, predictions, classes, layer=layer, mean=mean, std=std
         )
     save_figures(folder, figures)
     return layers
@@ -155,12 +165,12 @@ def paragraphs(*parts: str) -> str:
     return "\n\n".join(parts)
 
 
-def headline(config: dict, history: History, predictions: Predictions, classes) -> str:
+def headline(config: dict, history: History, predictions: Predictions, classes: Sequence[str]) -> str:
     """The result, and what one has to know to judge it."""
     row = history.epochs[-1]
     minutes = sum(row.seconds for row in history.epochs) / 60
     validation = [] if row.val_accuracy is None else [["validation accuracy", f"{row.val_accuracy:.2%}"]]
-    facts = [
+    facts: list[list[Any]] = [
         [f"test accuracy, {len(predictions.labels):,} images", f"**{predictions.accuracy:.2%}**"],
         *validation,
         ["training accuracy, last epoch", f"{row.train_accuracy:.2%}"],
@@ -176,12 +186,17 @@ def headline(config: dict, history: History, predictions: Predictions, classes) 
     )
 
 
-def warnings_of(config: dict, history: History, predictions: Predictions, classes) -> list[str]:
+def warnings_of(
+    config: dict, history: History, predictions: Predictions, classes: Sequence[str]
+) -> list[str]:
     """What makes the result worth little: a network that is dead, or a run that was cut short."""
-    faults, last = {}, history.epochs[-1]
+    faults: dict[str | None, list[str]] = {}
+    last = history.epochs[-1]
     for row, lrs in zip(history.epochs, np.array_split(history.lrs, last.epoch), strict=True):
         answers = predictions.predicted if row is last else None
-        fault = fault_of(lrs, row is last, row.stats()[row.parts[1]].loss, len(classes), answers)
+        fault = fault_of(
+            lrs.tolist(), row is last, row.stats()[row.parts[1]].loss, len(classes), answers
+        )
         faults.setdefault(fault, []).append(str(row.epoch))
     found = [f"the network {fault} after epoch {', '.join(faults[fault])}" for fault in faults if fault]
     if found:
@@ -204,14 +219,14 @@ def how_evaluated(config: dict) -> list[str]:
     return said
 
 
-def data_section(loaders, config: dict) -> str:
+def data_section(loaders: Loaders, config: dict) -> str:
     """What was trained on, and how it looks after augmentation."""
     sizes = [
         f"{len(loader.dataset.split):,} {name}"
         for name, loader in loaders._asdict().items()
         if loader is not None
     ]
-    split = loaders.train.dataset.split
+    split = dataset_of(loaders.train).split
     mean, std = (", ".join(f"{x:.8f}" for x in xs) for xs in loaders.normalization.values())
     return paragraphs(
         "## Data",
@@ -220,7 +235,7 @@ def data_section(loaders, config: dict) -> str:
         f"and standard deviation {std}.",
         f"Augmentation of training images, drawn anew in every epoch: {augmentation(config)}. "
         "Validation and test images are only normalised. As it ran:",
-        f"```\n{textwrap.fill(loaders.train.dataset.describe(), 100)}\n```",
+        f"```\n{textwrap.fill(dataset_of(loaders.train).describe(), 100)}\n```",
         figure("samples", "The first training batch as the network sees it, normalisation undone"),
     )
 
@@ -328,7 +343,7 @@ def gap(history: History) -> str:
     return f"{numbers} over {name} accuracy: the network overfits little."
 
 
-def classes_section(predictions: Predictions, classes) -> str:
+def classes_section(predictions: Predictions, classes: Sequence[str]) -> str:
     """Precision and recall of each class, and what is taken for what."""
     from sklearn.metrics import precision_recall_fscore_support  # a second of imports
 
@@ -349,7 +364,7 @@ def classes_section(predictions: Predictions, classes) -> str:
     )
 
 
-def confusions(predictions: Predictions, classes, count: int = 5) -> list[list]:
+def confusions(predictions: Predictions, classes: Sequence[str], count: int = 5) -> list[list]:
     """Table rows of the pairs that are confused most, whichever way: a or b, a for b, b for a, share."""
     wrong = predictions.misclassified()
     pairs = np.zeros((len(classes), len(classes)), int)
@@ -363,7 +378,7 @@ def confusions(predictions: Predictions, classes, count: int = 5) -> list[list]:
     ]
 
 
-def mistakes_section(predictions: Predictions, layers: list[str], classes) -> str:
+def mistakes_section(predictions: Predictions, layers: list[str], classes: Sequence[str]) -> str:
     """What is taken for what and how surely, misclassified images, and where the network looked."""
     wrong, total = predictions.misclassified(), len(predictions.labels)
     said = f"{len(wrong):,} of {total:,} test images are misclassified."

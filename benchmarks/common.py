@@ -5,8 +5,9 @@ import json
 import os
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -27,9 +28,9 @@ def make_parser(doc: str, rounds: int | None = None) -> argparse.ArgumentParser:
     return parser
 
 
-def measure(variants: dict[str, Callable[[], float]], rounds: int) -> dict[str, list[float]]:
+def measure(variants: Mapping[str, Callable[[], float]], rounds: int) -> dict[str, list[float]]:
     """Measure each variant once a round, every other round backwards, so that noise hits all alike."""
-    found = {name: [] for name in variants}
+    found: dict[str, list[float]] = {name: [] for name in variants}
     for number in range(rounds):
         for name in list(variants)[:: -1 if number % 2 else 1]:
             found[name].append(variants[name]())
@@ -48,7 +49,7 @@ def ratios(above: list[float], below: list[float]) -> list[float]:
     return [a / b for a, b in zip(above, below, strict=True)]
 
 
-def make_row(variant: str, values: list[float], **columns) -> dict:
+def make_row(variant: str, values: list[float], **columns: Any) -> dict:
     """One variant of a result; `columns` are further cells of its table row."""
     return {"variant": variant, **spread(values), "columns": columns}
 
@@ -61,7 +62,14 @@ def make_claim(text: str, values: list[float], target: float | None = None, most
     return {"claim": text, **found, "target": target, "most": most, "met": met}
 
 
-def make_result(name: str, unit: str, rows: list[dict], claims: list[dict], given, **settings) -> dict:
+def make_result(
+    name: str,
+    unit: str,
+    rows: list[dict],
+    claims: list[dict],
+    given: argparse.Namespace,
+    **settings: Any,
+) -> dict:
     """One benchmark's result: what was measured, on what, when, and how it can be measured again."""
     return {
         "name": name,
@@ -86,19 +94,19 @@ def today() -> str:
     return time.strftime("%Y-%m-%d")
 
 
-def result_folder(given) -> Path:
+def result_folder(given: argparse.Namespace) -> Path:
     """Where a result goes; what tiny settings give never lies beside what was measured."""
     folder = given.output or (RESULTS / "smoke" if given.smoke else RESULTS)
     folder.mkdir(parents=True, exist_ok=True)
     return folder
 
 
-def read_json(path: Path):
+def read_json(path: Path) -> Any:
     """What a JSON file holds."""
     return json.loads(path.read_text(encoding="utf-8"))
 
 
-def publish(result: dict, given) -> None:
+def publish(result: dict, given: argparse.Namespace) -> None:
     """Write NAME.json and print the table."""
     path = result_folder(given) / f"{result['name']}.json"
     write_whole(path, json.dumps(result, indent=1) + "\n")

@@ -96,7 +96,7 @@ def writing_seconds(config: Config, loaders: Loaders, count: int = 8) -> tuple[f
         save(folder)
         update_events()
 
-    with tempfile.TemporaryDirectory() as name, event_log(name, history) as update_events:
+    with tempfile.TemporaryDirectory() as name, event_log(Path(name), history) as update_events:
         for epoch in range(1, count + 1):
             saves.append(seconds_of(lambda: save(Path(name))))
             history.epochs.append(a_row(epoch))

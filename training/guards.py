@@ -8,6 +8,7 @@ import time
 from collections.abc import Generator, Iterator, Sequence
 from types import FrameType
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -73,7 +74,13 @@ def check_finite(epoch_state: EpochState, scaler: torch.amp.GradScaler, lr: floa
     raise FloatingPointError(f"{fault} at {where}; stopped before the update; {LR_HINT}")
 
 
-def fault_of(lrs: Sequence[float], last: bool, loss: float, classes: int, predicted=None) -> str:
+def fault_of(
+    lrs: Sequence[float],
+    last: bool,
+    loss: float,
+    classes: int,
+    predicted: torch.Tensor | np.ndarray | None = None,
+) -> str:
     """What shows that a network learned nothing in an epoch at the rates `lrs`; "" if nothing does."""
     if lrs[-1] > lrs[0] and not last:  # the warm-up
         return ""

@@ -3,7 +3,7 @@
 import functools
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -12,7 +12,6 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.optim.lr_scheduler import LRScheduler
 
 from checkpoint import Checkpoints
 from data import BatchLoader, start_epoch
@@ -24,7 +23,7 @@ from training.guards import (
     skips_on_device,
     warn_if_dead,
 )
-from training.optim import averaging, ema_copy
+from training.optim import Scheduler, averaging, ema_copy
 from training.progress import event_log, make_row, print_row, progress
 from utils import (
     EpochState,
@@ -48,7 +47,7 @@ class TrainState:
 
     model: nn.Module
     optimizer: torch.optim.Optimizer
-    scheduler: LRScheduler | None  # stepped after every batch
+    scheduler: Scheduler | None  # stepped after every batch
     scaler: torch.amp.GradScaler
     ema_model: nn.Module | None = None  # holds the average of the weights, where there is one
 
@@ -73,7 +72,7 @@ def train(  # noqa: PLR0913
     device: torch.device | str,
     train_loader: BatchLoader,
     optimizer: torch.optim.Optimizer,
-    scheduler: LRScheduler | None = None,
+    scheduler: Scheduler | None = None,
     *,
     epoch: int | None = None,
     precision: str = "auto",
@@ -110,7 +109,7 @@ def train_steps(
     loader: BatchLoader,
     epoch_state: EpochState,
     settings: TrainSettings,
-) -> Iterator[None]:
+) -> Generator[None, None, None]:
     """Train on the batches that the epoch of `epoch_state` has left.
 
     A generator: it yields after each update, so that the caller can save a checkpoint or stop there.
@@ -244,7 +243,7 @@ def fit_model(  # noqa: PLR0913
     train_loader: BatchLoader,
     test_loader: BatchLoader,
     optimizer: torch.optim.Optimizer,
-    scheduler: LRScheduler | None = None,
+    scheduler: Scheduler | None = None,
     epochs: int = 20,
     *,
     val_loader: BatchLoader | None = None,

@@ -5,7 +5,7 @@ import copy
 import math
 import operator
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import nn
@@ -21,6 +21,13 @@ MOMENTUM = 0.9
 # With Muon, norms, biases and the last layer are trained by SGD at a learning rate that is this multiple
 # of Muon's: 0.4 beside 0.05 was the best of a few pairs for ResNet18.
 SGD_LR_SCALE = 8
+
+
+class Scheduler(Protocol):
+    """One of PyTorch's schedulers, or whatever else is to be told that an update is done."""
+
+    def step(self) -> None:
+        """One update is done."""
 
 
 def ema_copy(model: nn.Module) -> nn.Module:
