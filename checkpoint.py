@@ -292,10 +292,18 @@ def check_same_run(before: dict | None, now: dict | None) -> None:
     free = (*MAY_DIFFER, "workers") if both_have_workers else MAY_DIFFER
     config = {name: value for name, value in now["config"].items() if name not in free}
     check_same("run", asdict(Config()) | before["config"], config)  # a field newer than the run: default
-    if before["data_sha256"] != now["data_sha256"]:
-        raise ValueError("the training images are not those that the run began with")
+    check_same_images(before, now, now["config"].get("data"))
     if before.get("augmentation", now.get("augmentation")) != now.get("augmentation"):
         raise ValueError("the augmentation is not the one that the run began with")
+
+
+def check_same_images(card: dict, now: dict, root: str) -> None:
+    """Refuse images in `root` whose SHA-256, as far as it is in `now`, is not that on a run's card."""
+    for name, part in {"data_sha256": "training", "test_sha256": "test"}.items():
+        if name in now and card.get(name, now[name]) != now[name]:
+            raise ValueError(
+                f"the {part} images in {root} are not those of the run; --data names others"
+            )
 
 
 def warn_of_another_machine(before: dict[str, str], now: dict[str, str]) -> None:

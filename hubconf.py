@@ -58,7 +58,8 @@ def _own_modules() -> Iterator[None]:
     Those that were imported before are set aside and put back, and ours are forgotten: neither gets
     the other's.
     """
-    ours = {path.stem for path in _ROOT.glob("*.py")} - {"hubconf"} | {"models", "sources", "training"}
+    rooms = {path.parent.name for path in _ROOT.glob("*/__init__.py")}
+    ours = {path.stem for path in _ROOT.glob("*.py")} - {"hubconf"} | rooms
 
     def take_out() -> dict[str, ModuleType]:
         present = [name for name in sys.modules if name.split(".")[0] in ours]

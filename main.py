@@ -18,7 +18,7 @@ from pathlib import Path
 
 import numpy as np
 
-from checkpoint import DEFAULT_WEIGHTS, load_weights
+from checkpoint import DEFAULT_WEIGHTS, check_same_images, load_weights
 from config import CHOICES, make_parser, parse_config
 from data import make_loaders
 from files import reason
@@ -150,10 +150,7 @@ def report_command(argv: list[str]) -> None:
         model, card, device = read_model(given)
         config = run_config(card, given)
         loaders = make_loaders(config, device)
-        now = make_card(config, loaders)
-        for name, did in {"data_sha256": "trained on", "test_sha256": "tested on"}.items():
-            if card.get(name, now[name]) != now[name]:
-                raise ValueError(f"{config.data} holds other images than the run was {did}")
+        check_same_images(card, make_card(config, loaders), config.data)
     report_run(config, device, loaders, model, folder)
 
 

@@ -13,7 +13,14 @@ from torch import nn
 from torch.optim.lr_scheduler import OneCycleLR
 from torch.utils.data import DataLoader
 
-from checkpoint import Checkpoints, check_same_run, load_checkpoint, load_weights, read_files
+from checkpoint import (
+    Checkpoints,
+    check_same_images,
+    check_same_run,
+    load_checkpoint,
+    load_weights,
+    read_files,
+)
 from config import Config
 from data import Loaders, dataset_of, make_loader, make_loaders
 from files import lock_folder, unlocked_on_error, write_whole
@@ -256,11 +263,8 @@ def test_images(
     split = load_split(config.dataset, "test", config.data, image_size=config.image_size)
     if list(split.classes) != card["classes"]:
         raise ValueError(f"the weights know {card['classes']}, not {list(split.classes)}")
-    if own and card.get("test_sha256", split.digest()) != split.digest():
-        raise ValueError(
-            f"the test images in {config.data} are not those of the run, which may have been trained "
-            "on some of them; --data names images to test on"
-        )
+    if own:
+        check_same_images(card, {"test_sha256": split.digest()}, config.data)
     whole = replace(config, max_test_batches=None)
     return split, make_loader(split, test_transform(card["mean"], card["std"]), device, whole)
 

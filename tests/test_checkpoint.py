@@ -657,7 +657,13 @@ def test_changed_training_images_are_not_resumed(finished, capsys, monkeypatch):
     monkeypatch.setattr("sources.split.Split.digest", lambda split: "other")
     with pytest.raises(SystemExit):
         main.main([*SMOKE, "--output", str(finished), "--resume"])
-    assert "the training images are not those that the run began with" in capsys.readouterr().err
+    assert "the training images in datasets are not those of the run" in capsys.readouterr().err
+
+
+def test_changed_test_images_are_not_resumed():
+    card = {"config": Config().identity, "data_sha256": "", "test_sha256": ""}
+    with pytest.raises(ValueError, match="the test images in datasets are not those of the run"):
+        checkpoint.check_same_run(card | {"test_sha256": "other"}, card)
 
 
 @pytest.mark.parametrize("workers", [0, 1])

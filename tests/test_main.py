@@ -789,7 +789,7 @@ def test_a_run_is_not_reported_on_other_images(mine, trained_on_mine, tmp_path, 
     before = (trained_on_mine / "report.md").read_bytes()
     with pytest.raises(SystemExit):
         main.main(["report", str(trained_on_mine), "--data", str(other)])
-    assert "holds other images than the run was trained on" in capsys.readouterr().err
+    assert f"the training images in {other} are not those of the run" in capsys.readouterr().err
     assert (trained_on_mine / "report.md").read_bytes() == before
 
 
@@ -808,7 +808,7 @@ def test_a_run_is_not_reported_on_other_test_images(mine, trained_on_mine, tmp_p
     assert digests(other)[1] != before[1]
     with pytest.raises(SystemExit):
         main.main(["report", str(trained_on_mine), "--data", str(other)])
-    assert "holds other images than the run was tested on" in capsys.readouterr().err
+    assert f"the test images in {other} are not those of the run" in capsys.readouterr().err
 
 
 def test_a_run_is_not_tested_on_what_a_changed_folder_lends_it_of_its_training(
