@@ -157,6 +157,7 @@ class Checkpoints:
         train_settings: dict,
         device: torch.device,
         check: Callable[[EpochState], None],
+        random_state: Callable[[], dict] = dict,
     ) -> "Checkpoints":
         """Begin with the newest checkpoint, or at the beginning; returns itself, to be used by `with`.
 
@@ -164,14 +165,15 @@ class Checkpoints:
             parts: what has a state_dict, by name: model, ema_model, optimizer, scheduler, scaler.
             train_settings: about the training, plain data; the same when it is continued.
             check: called with the epoch's state before it is saved; raises if a loss was not finite.
+            random_state: what the training loader draws from, asked for before each epoch.
 
         Raises:
             ValueError: the checkpoint is another run's, there is one and it is not to be continued, or
                 another process uses the folder.
         """
         self.parts = {name: part for name, part in parts.items() if part is not None}
-        self.train_settings, self.check = train_settings, check
-        self.history, self.epoch_state = History(), EpochState.of(1, device)
+        self.train_settings, self.check, self.random_state = train_settings, check, random_state
+        self.history, self.epoch_state = History(), EpochState.of(1, device, random_state())
         self.saved = time.monotonic()
         self.failure: OSError | None = None
         self.machine = {"device": device.type, **environment(device)}
@@ -249,7 +251,9 @@ class Checkpoints:
         """Add an epoch's row to the history, and save all that is kept of the run."""
         self.history.epochs.append(row)
         self.history.lrs += self.epoch_state.lrs
-        self.epoch_state = EpochState.of(row.epoch + 1, self.epoch_state.totals.device)
+        self.epoch_state = EpochState.of(
+            row.epoch + 1, self.epoch_state.totals.device, self.random_state()
+        )
         self.save_epoch()
 
     def save_epoch(self) -> None:

@@ -51,6 +51,45 @@ def start_epoch(loader: BatchLoader, epoch: int | None, first: int = 0) -> int:
     return epoch
 
 
+def generators_of(loader: Any) -> list[torch.Generator]:
+    """The generators that a DataLoader and its samplers were given."""
+    sampler, batch_sampler = getattr(loader, "sampler", None), getattr(loader, "batch_sampler", None)
+    places = (loader, sampler, batch_sampler, getattr(batch_sampler, "sampler", None))
+    found = [getattr(place, "generator", None) for place in places]
+    return list(dict.fromkeys(x for x in found if isinstance(x, torch.Generator)))
+
+
+def random_state(loader: Any) -> dict:
+    """The state that a user's own loader draws from in this process, as plain data.
+
+    These are the global generators of PyTorch, NumPy and Python, and those that the loader was given.
+    Loaders of `make_loader` use none of them, and have an empty one.
+    """
+    if isinstance(getattr(loader, "sampler", None), EpochSampler):
+        return {}
+    numpy, python = np.random.get_state(legacy=False), random.getstate()
+    return {
+        "torch": torch.get_rng_state(),
+        "numpy": numpy | {"state": {name: np.asarray(x).tolist() for name, x in numpy["state"].items()}},
+        "python": [python[0], list(python[1]), python[2]],
+        "loader": [generator.get_state() for generator in generators_of(loader)],
+    }
+
+
+def set_random_state(loader: Any, state: dict) -> None:
+    """Draw on from a state of `random_state`; an empty one changes nothing."""
+    if not state:
+        return
+    torch.set_rng_state(state["torch"])
+    numpy = state["numpy"]
+    key = np.array(numpy["state"]["key"], np.uint32)
+    np.random.set_state(numpy | {"state": numpy["state"] | {"key": key}})
+    version, words, gauss = state["python"]
+    random.setstate((version, tuple(words), gauss))
+    for generator, own in zip(generators_of(loader), state["loader"], strict=False):
+        generator.set_state(own)
+
+
 # The streams of random numbers: order = f(seed, epoch), augmentation = f(seed, epoch, position).
 ORDER, AUGMENTATION = 0, 1
 

@@ -99,11 +99,12 @@ class EpochState:
     images: int = 0
     seconds: float = 0.0  # of training
     lrs: list[float] = field(default_factory=list)
+    random: dict = field(default_factory=dict)  # what `data.random_state` said as it began
 
     @classmethod
-    def of(cls, epoch: int, device: torch.device | str) -> "EpochState":
+    def of(cls, epoch: int, device: torch.device | str, random: dict | None = None) -> "EpochState":
         """The state of an epoch that is about to begin."""
-        return cls(epoch, torch.zeros(3, device=device))
+        return cls(epoch, torch.zeros(3, device=device), random=random or {})
 
     def stats(self) -> Stats:
         """Mean loss and accuracy; the one transfer of an epoch's sums."""

@@ -35,7 +35,15 @@ ROOMS = {
         "torchvision_sets": 1,
         "__init__": 2,
     },
-    "training": {"guards": 0, "optim": 0, "lr_finder": 1, "progress": 1, "loops": 2, "__init__": 3},
+    "training": {
+        "guards": 0,
+        "inputs": 0,
+        "optim": 0,
+        "lr_finder": 1,
+        "progress": 1,
+        "loops": 2,
+        "__init__": 3,
+    },
 }
 EXTRAS = {"app", "lit"}  # need more than requirements.txt
 SOURCES = [  # not what lies in environments such as .venv

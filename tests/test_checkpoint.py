@@ -930,8 +930,11 @@ def test_a_bad_number_is_noticed_before_a_checkpoint_is_written(sample, tmp_path
     model = models.make_model("custom_resnet", width=4)
     optimizer = main.make_optimizer("sgd", model)
     steps = itertools.count(1)
-    spoil = lambda module, i, output: output * float("nan") if next(steps) == 2 + 1 else output  # noqa: E731
-    model.linear.register_forward_hook(spoil)  # its first call is the check of the first batch
+
+    def spoil(module, inputs, output):
+        return output * float("nan") if model.training and next(steps) == 2 else output
+
+    model.linear.register_forward_hook(spoil)
     with pytest.raises(FloatingPointError, match="epoch 1, step 2"):
         main.fit_model(
             model, CPU, *loaders_of(sample, 0), optimizer, checkpoints=Checkpoints(tmp_path, seconds=0)

@@ -233,7 +233,7 @@ PIXELS = torch.zeros(4, 3, 32, 32)
     [
         (PIXELS, torch.tensor([0, 1, 2, -100]), "labels must be 0 to 9, not -100 to 2"),
         (PIXELS, torch.tensor([0, 1, 2, 10]), "labels must be 0 to 9, not 0 to 10"),
-        (PIXELS.byte(), torch.zeros(4, dtype=torch.int64), "must be float .* not torch.uint8"),
+        (PIXELS.byte(), torch.zeros(4, dtype=torch.int64), "must be float32 .* not torch.uint8"),
         (PIXELS[0], torch.zeros(3, dtype=torch.int64), "must be float"),
         (PIXELS, torch.zeros(4), "and int64"),
         (PIXELS, torch.zeros(3, dtype=torch.int64), "one label an image"),

@@ -1,46 +1,21 @@
-"""What stops a run before it is ruined: bad batches, values that are not finite, signals."""
+"""What stops a run before it is ruined: values that are not finite, signals, dead networks."""
 
 import contextlib
 import math
 import signal
 import threading
 import time
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from types import FrameType
+from typing import Any
 
 import numpy as np
 import torch
 from torch import nn
 
-from utils import EpochState, Stats, autocast
+from utils import EpochState, Stats
 
 LR_HINT = "a lower --lr may help, or --precision fp32 where it is not"
-
-
-def check_batch(
-    model: nn.Module,
-    images: torch.Tensor,
-    labels: torch.Tensor,
-    device: torch.device,
-    dtype: torch.dtype,
-) -> None:
-    """Refuse a first batch of wrong types, shapes or labels; cross-entropy would ignore a label of -100.
-
-    Raises:
-        ValueError: wrong types, shapes, or a label that is no class; one line.
-    """
-    kinds = f"{images.dtype} {tuple(images.shape)} and {labels.dtype} {tuple(labels.shape)}"
-    if not images.is_floating_point() or images.dim() != 4 or labels.dtype != torch.int64:
-        raise ValueError(f"a batch must be float (N, C, H, W) and int64 (N,), not {kinds}")
-    if labels.shape != images.shape[:1]:
-        raise ValueError(f"a batch needs one label an image, not {kinds}")
-    model.eval()
-    with torch.no_grad(), autocast(device, dtype):
-        classes = model(images[:1].to(device)).shape[1]
-    model.train()
-    low, high = labels.min().item(), labels.max().item()
-    if low < 0 or high >= classes:
-        raise ValueError(f"labels must be 0 to {classes - 1}, not {low} to {high}")
 
 
 def skips_on_device(optimizer: torch.optim.Optimizer) -> bool:
@@ -72,6 +47,23 @@ def check_finite(epoch_state: EpochState, scaler: torch.amp.GradScaler, lr: floa
     rates = epoch_state.lrs if lr is None else [*epoch_state.lrs, lr]
     where = f"epoch {epoch_state.epoch}, step {int(finite) + 1}, learning rate {rates[int(finite)]:.4g}"
     raise FloatingPointError(f"{fault} at {where}; stopped before the update; {LR_HINT}")
+
+
+@contextlib.contextmanager
+def statistics_kept_finite(model: nn.Module) -> Iterator[None]:
+    """Where a loss that is not finite spoiled a norm's running statistics, put the earlier ones back.
+
+    The weights are left out of such an update, but the forward pass before it has moved the statistics,
+    and a network whose statistics are NaN cannot be evaluated.
+    """
+    before = [(x, x.clone()) for x in model.buffers() if x.is_floating_point()]
+    try:
+        yield
+    except FloatingPointError:
+        for buffer, value in before:
+            if not torch.isfinite(buffer).all():
+                buffer.copy_(value)
+        raise
 
 
 def fault_of(
@@ -145,16 +137,19 @@ class Signals:
             number, self.number = self.number, None
             raise Stopped(number)
 
-    def between(self, steps: Generator[None, None, None]) -> Iterator[None]:
-        """Run each step with signals deferred to its end; close the steps and their workers at last."""
-        try:
-            while True:
-                with self.held():
-                    if next(steps, self) is self:
-                        return
-                yield
-        finally:
-            steps.close()
+    def batches(self, loader: Iterable[Any]) -> Iterator[Any]:
+        """The batches of a loader; a signal ends the wait for one."""
+        iterator = iter(loader)
+        while True:
+            try:
+                batch = next(iterator, self)
+            except RuntimeError:
+                # A worker may have got the same signal first, and been missed before it came here.
+                time.sleep(0.5)
+                raise
+            if batch is self:
+                return
+            yield batch
 
 
 @contextlib.contextmanager

@@ -1,5 +1,6 @@
 """The path of a batch: train, test, predict, and the loop over epochs."""
 
+import contextlib
 import functools
 import math
 import time
@@ -14,16 +15,32 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from checkpoint import Checkpoints
-from data import BatchLoader, start_epoch
+from data import BatchLoader, random_state, set_random_state, start_epoch
 from training.guards import (
+    Signals,
     Stopped,
-    check_batch,
     check_finite,
     signals_noted,
     skips_on_device,
+    statistics_kept_finite,
     warn_if_dead,
 )
-from training.optim import Scheduler, averaging, ema_copy
+from training.inputs import (
+    check_batch,
+    check_evaluation,
+    check_loader,
+    check_logits,
+    check_steps_left,
+    check_training,
+    count_classes,
+    evaluation_mode,
+    fraction,
+    length_of,
+    training_mode,
+    warn_if_shuffled,
+    whole_number,
+)
+from training.optim import Scheduler, averaging, copy_of
 from training.progress import event_log, make_row, print_row, progress
 from utils import (
     EpochState,
@@ -50,6 +67,12 @@ class TrainState:
     scheduler: Scheduler | None  # stepped after every batch
     scaler: torch.amp.GradScaler
     ema_model: nn.Module | None = None  # holds the average of the weights, where there is one
+    classes: int | None = None  # that the model tells apart; known from the first batch on
+
+    @property
+    def parts(self) -> dict[str, Any]:
+        """What a checkpoint holds, by name; a scheduler that has no state is left out."""
+        return {name: part for name, part in vars(self).items() if hasattr(part, "state_dict")}
 
     @property
     def evaluated(self) -> nn.Module:
@@ -65,6 +88,18 @@ class TrainSettings:
     label_smoothing: float = 0.0
     seed: int = 0  # of dropout
     compile: bool = False
+
+
+def make_settings(
+    device: torch.device, precision: str, label_smoothing: float, seed: int, compile: bool = False
+) -> TrainSettings:
+    """Settings as plain numbers, whatever kind of number they were given as."""
+    return TrainSettings(
+        pick_precision(precision, device),
+        fraction("label_smoothing", label_smoothing),
+        whole_number("seed", seed, 0),
+        bool(compile),
+    )
 
 
 def train(  # noqa: PLR0913
@@ -95,11 +130,13 @@ def train(  # noqa: PLR0913
         FloatingPointError: loss or gradient is not finite; the weights are those before that step.
     """
     device = torch.device(device)
-    settings = TrainSettings(pick_precision(precision, device), label_smoothing, seed)
+    settings = make_settings(device, precision, label_smoothing, seed)
+    check_training(model, train_loader, optimizer, scheduler)
     state = TrainState(model, optimizer, scheduler, make_scaler(device, settings.precision))
     epoch_state = EpochState.of(start_epoch(train_loader, epoch), device)
-    for _ in train_steps(state, device, train_loader, epoch_state, settings):
-        pass
+    with statistics_kept_finite(model):
+        for _ in train_steps(state, device, train_loader, epoch_state, settings, Signals()):
+            pass
     return epoch_state.stats()
 
 
@@ -109,15 +146,18 @@ def train_steps(
     loader: BatchLoader,
     epoch_state: EpochState,
     settings: TrainSettings,
+    signals: Signals,
 ) -> Generator[None, None, None]:
     """Train on the batches that the epoch of `epoch_state` has left.
 
-    A generator: it yields after each update, so that the caller can save a checkpoint or stop there.
+    A generator: it yields after each update, so that the caller can save a checkpoint or stop there. No
+    signal interrupts an update; one that comes while a batch is waited for ends the wait.
     With a fused optimizer nothing here waits for a GPU but the very first batch and the end of an epoch.
     """
     keep_freed_memory(device)
     model, optimizer = state.model, state.optimizer
-    model.to(device).to(memory_format=torch.channels_last).train()
+    model.to(device).to(memory_format=torch.channels_last)
+    training_mode(model)
     forward = torch.compile(model) if settings.compile else model
     if state.scaler.is_enabled() and isinstance(optimizer, torch.optim.SGD):
         # Start the momentum at zero. If fp16 skipped the first update, PyTorch would leave the momentum
@@ -125,21 +165,22 @@ def train_steps(
         for parameter in model.parameters():
             optimizer.state[parameter].setdefault("momentum_buffer", torch.zeros_like(parameter))
     began = time.perf_counter() - epoch_state.seconds
-    for images, labels in progress(loader, epoch_state):
-        if not epoch_state.steps and epoch_state.epoch == 1:
-            check_batch(model, images, labels, device, settings.precision)
-        images, labels = to_device(images, labels, device)
-        lr = optimizer.param_groups[0]["lr"]
-        with torch.random.fork_rng([device] if device.type == "cuda" else []):
-            key = [settings.seed, DROPOUT, epoch_state.epoch, epoch_state.steps]
-            torch.manual_seed(int(np.random.default_rng(key).integers(2**63)))
-            train_step(forward, images, labels, state, epoch_state, settings)
-        if state.scheduler is not None:
-            state.scheduler.step()
-        epoch_state.lrs.append(lr)
-        epoch_state.images += len(labels)
-        epoch_state.steps += 1
-        epoch_state.seconds = time.perf_counter() - began
+    for batch in signals.batches(progress(loader, epoch_state)):
+        if state.classes is None:
+            state.classes = count_classes(model, check_batch(batch)[0], device, settings.precision)
+        images, labels = to_device(*check_batch(batch, state.classes), device)
+        with signals.held():
+            lr = float(optimizer.param_groups[0]["lr"])
+            with torch.random.fork_rng([device] if device.type == "cuda" else []):
+                key = [settings.seed, DROPOUT, epoch_state.epoch, epoch_state.steps]
+                torch.manual_seed(int(np.random.default_rng(key).integers(2**63)))
+                train_step(forward, images, labels, state, epoch_state, settings)
+            if state.scheduler is not None:
+                state.scheduler.step()
+            epoch_state.lrs.append(lr)
+            epoch_state.images += len(labels)
+            epoch_state.steps += 1
+            epoch_state.seconds = time.perf_counter() - began
         yield
     start_epoch(loader, epoch_state.epoch + 1)
     if not epoch_state.steps:
@@ -163,6 +204,8 @@ def train_step(
         logits = forward(images)
         loss = F.cross_entropy(logits, labels, label_smoothing=settings.label_smoothing)
     finite = torch.isfinite(loss.detach()) & (epoch_state.totals[2] == epoch_state.steps)
+    if labels.device.type != "cpu":  # without waiting: cross-entropy leaves out a label of -100
+        finite = finite & (labels >= 0).all()
     if scaler.is_enabled():  # it looks at gradients alone, so make them NaN where the loss is not finite
         loss = loss * torch.where(finite, 1.0, math.nan)
     scaler.scale(loss).backward()
@@ -195,6 +238,7 @@ def test(
     Args:
         tta: average the logits of each image with those of its mirror image.
     """
+    check_loader("test", test_loader)
     return score(*forward_all(model, device, test_loader, precision, tta))
 
 
@@ -212,7 +256,9 @@ def predict(
     precision: str = "auto",
     tta: bool = False,
 ) -> Predictions:
-    """Class probabilities of every image of a loader, in its order; `tta` as in `test`."""
+    """Class probabilities of every image of a loader, in the order of this pass; `tta` as in `test`."""
+    check_loader("prediction", loader)
+    warn_if_shuffled(loader)
     logits, labels = forward_all(model, device, loader, precision, tta)
     return Predictions(logits.softmax(1).cpu().numpy(), labels.cpu().numpy())
 
@@ -220,20 +266,23 @@ def predict(
 def forward_all(
     model: nn.Module, device: torch.device | str, loader: BatchLoader, precision: str, tta: bool = False
 ) -> tuple[Tensor, Tensor]:
-    """Logits float32 (N, K) and labels (N,) of a loader, on the device; the model's mode is kept."""
+    """Logits float32 (N, K) and labels (N,) of a loader, on the device; every module's mode is kept."""
     device = torch.device(device)
     keep_freed_memory(device)
     dtype = pick_precision(precision, device)
-    training = model.training
-    model.to(device).to(memory_format=torch.channels_last).eval()
-    logits, targets = [], []
-    with torch.inference_mode(), autocast(device, dtype):
-        for images, labels in loader:
-            images, labels = to_device(images, labels, device)
+    model.to(device).to(memory_format=torch.channels_last)
+    logits: list[Tensor] = []
+    targets: list[Tensor] = []
+    with evaluation_mode(model), torch.inference_mode(), autocast(device, dtype):
+        for batch in loader:
+            images, labels = to_device(*check_batch(batch), device)
             views = [images, images.flip(-1)] if tta else [images]
-            logits.append(sum(model(view).float() for view in views) / len(views))
+            answers = [check_logits(model(view), len(labels)).float() for view in views]
+            check_batch(batch, answers[0].shape[1])
+            logits.append(torch.stack(answers).mean(0))
             targets.append(labels)
-    model.train(training)
+    if not logits:
+        raise ValueError("the loader has no batch")
     return torch.cat(logits), torch.cat(targets)
 
 
@@ -241,7 +290,7 @@ def fit_model(  # noqa: PLR0913
     model: nn.Module,
     device: torch.device | str,
     train_loader: BatchLoader,
-    test_loader: BatchLoader,
+    test_loader: BatchLoader | None,
     optimizer: torch.optim.Optimizer,
     scheduler: Scheduler | None = None,
     epochs: int = 20,
@@ -258,6 +307,9 @@ def fit_model(  # noqa: PLR0913
     """Train for some epochs, evaluate after each, print one table row for each.
 
     Args:
+        train_loader: epochs count from 1, so a second call sees the batches of the first again; for
+            others, give its dataset another seed.
+        test_loader: evaluated after each epoch; None where there is a `val_loader`.
         scheduler: stepped after every batch.
         ema_decay: of an exponential moving average (EMA) of the weights, such as 0.99. The average is
             evaluated and saved in place of the weights, and copied into the model at the end. 0: none.
@@ -278,30 +330,31 @@ def fit_model(  # noqa: PLR0913
         Stopped: SIGINT or SIGTERM came; a checkpoint was written first.
         OSError: the last epoch's files could not be written.
     """
-    device = torch.device(device)
-    model.to(device).to(memory_format=torch.channels_last)
-    settings = TrainSettings(pick_precision(precision, device), label_smoothing, seed, compile)
-    ema_model = ema_copy(model) if ema_decay else None
-    state = TrainState(model, optimizer, scheduler, make_scaler(device, settings.precision), ema_model)
-    unchanging = resumable(settings, len(train_loader)) | {"epochs": epochs, "ema_decay": ema_decay}
-    check = functools.partial(check_finite, scaler=state.scaler)
+    device, epochs = torch.device(device), whole_number("epochs", epochs, 1)
+    ema_decay = fraction("ema_decay", ema_decay)
+    settings = make_settings(device, precision, label_smoothing, seed, compile)
     if not isinstance(checkpoints, Checkpoints):
         checkpoints = Checkpoints(checkpoints)
+    check_training(model, train_loader, optimizer, None if checkpoints.resume else scheduler, epochs)
+    check_evaluation(model, device, settings.precision, val_loader, test_loader)
+    ema_model = copy_of(model) if ema_decay else None
+    state = TrainState(model, optimizer, scheduler, make_scaler(device, settings.precision), ema_model)
+    unchanging = {"epochs": epochs, "ema_decay": ema_decay}
+    unchanging |= resumable(settings, length_of(train_loader))
+    check = functools.partial(check_finite, scaler=state.scaler)
+    draws = functools.partial(random_state, train_loader)
     options = {"precision": precision, "tta": tta}
     with (
         signals_noted() as signals,
-        checkpoints.start(vars(state), unchanging, device, check),
+        checkpoints.start(state.parts, unchanging, device, check, draws),
         event_log(checkpoints.run, checkpoints.history) as update_events,
         averaging(optimizer, model, state.evaluated, ema_decay, lambda: checkpoints.steps),
     ):
         try:
+            check_steps_left(scheduler, train_loader, epochs, checkpoints.steps)
             while (epoch_state := checkpoints.epoch_state).epoch <= epochs:
-                start = time.perf_counter() - epoch_state.seconds
-                start_epoch(train_loader, epoch_state.epoch, epoch_state.steps)
-                steps = train_steps(state, device, train_loader, epoch_state, settings)
-                for _ in signals.between(steps):
-                    checkpoints.save_if_due()
-                last = epoch_state.epoch == epochs
+                start, last = time.perf_counter() - epoch_state.seconds, epoch_state.epoch == epochs
+                train_epoch(state, device, train_loader, checkpoints, settings, signals)
                 due = loaders_due(val_loader, test_loader, last)
                 stats = evaluate(state.evaluated, device, due, epoch_state, last, **options)
                 row = make_row(epoch_state, stats, time.perf_counter() - start)
@@ -318,7 +371,25 @@ def fit_model(  # noqa: PLR0913
     return checkpoints.history
 
 
-def resumable(settings: TrainSettings, steps_per_epoch: int) -> dict:
+def train_epoch(
+    state: TrainState,
+    device: torch.device,
+    loader: BatchLoader,
+    checkpoints: Checkpoints,
+    settings: TrainSettings,
+    signals: Signals,
+) -> None:
+    """What is left of the epoch under way, with a checkpoint now and then."""
+    epoch_state = checkpoints.epoch_state
+    set_random_state(loader, epoch_state.random)
+    start_epoch(loader, epoch_state.epoch, epoch_state.steps)
+    steps = train_steps(state, device, loader, epoch_state, settings, signals)
+    with statistics_kept_finite(state.model), contextlib.closing(steps):
+        for _ in steps:
+            checkpoints.save_if_due()
+
+
+def resumable(settings: TrainSettings, steps_per_epoch: int | None) -> dict:
     """What must be the same when a training is continued, as plain data."""
     return {
         **asdict(settings),
@@ -328,12 +399,11 @@ def resumable(settings: TrainSettings, steps_per_epoch: int) -> dict:
 
 
 def loaders_due(
-    val_loader: BatchLoader | None, test_loader: BatchLoader, last: bool
+    val_loader: BatchLoader | None, test_loader: BatchLoader | None, last: bool
 ) -> dict[str, BatchLoader]:
     """The loaders to evaluate after an epoch, by part; beside a `val_loader` the test set comes last."""
-    if val_loader is None:
-        return {"test": test_loader}
-    return {"val": val_loader, "test": test_loader} if last else {"val": val_loader}
+    due = {"val": val_loader, "test": test_loader if last or val_loader is None else None}
+    return {part: loader for part, loader in due.items() if loader is not None}
 
 
 def evaluate(

@@ -30,10 +30,26 @@ class Scheduler(Protocol):
         """One update is done."""
 
 
-def ema_copy(model: nn.Module) -> nn.Module:
-    """A copy of a model to hold the average of its weights; integer buffers are shared."""
-    counts = {id(x): x for x in model.buffers() if not x.is_floating_point()}
-    return copy.deepcopy(model, counts)
+def copy_of(model: nn.Module, *more: Any) -> Any:
+    """A copy of a model, with `more` that belongs to it as a tuple; integer buffers are shared.
+
+    Tensors that a module keeps of its last forward pass, as old weight norms do, cannot be copied: they
+    are shared, too, until the next forward pass makes others.
+
+    Raises:
+        ValueError: it cannot be copied.
+    """
+    shared = {id(x): x for x in model.buffers() if not x.is_floating_point() and not x.is_complex()}
+    for module in model.modules():
+        own = [x for x in vars(module).values() if isinstance(x, torch.Tensor)]
+        shared |= {id(x): x.detach() for x in own if not x.is_leaf}
+    try:
+        return copy.deepcopy((model, *more) if more else model, shared)
+    except (RuntimeError, TypeError) as error:
+        reason = str(error).splitlines()[0]
+        raise ValueError(
+            f"the model cannot be copied, as an average or a range test must ({reason})"
+        ) from None
 
 
 @contextlib.contextmanager
@@ -58,7 +74,9 @@ def averaging(
         yield
         return
     pairs = zip(ema_model.state_dict().values(), model.state_dict().values(), strict=True)
-    old, new = zip(*(pair for pair in pairs if pair[0].is_floating_point()), strict=True)
+    moving = [pair for pair in pairs if pair[0].is_floating_point() or pair[0].is_complex()]
+    # By their memory: weights that are tied have several names and move once.
+    old, new = zip(*{pair[1].data_ptr(): pair for pair in moving}.values(), strict=True)
 
     def move(*_: object) -> None:
         t = steps_done()

@@ -1,0 +1,299 @@
+"""What a training is given, checked before anything moves."""
+
+import contextlib
+import math
+import operator
+from collections.abc import Iterator, Sized
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim.lr_scheduler import ReduceLROnPlateau
+from torch.utils.data import Dataset, RandomSampler, WeightedRandomSampler
+
+from data import BatchLoader, EpochSampler, random_state, set_random_state
+from utils import autocast, random_state_kept
+
+# What a schedule calls the number of its steps, or of those between two of its changes.
+HORIZONS = ("T_max", "T_0", "step_size", "total_iters", "milestones")
+
+
+def length_of(loader: Any) -> int | None:
+    """The number of a loader's batches, or None if it does not know, as over an IterableDataset."""
+    try:
+        return len(loader)
+    except TypeError:
+        return None
+
+
+def check_loader(name: str, loader: Any) -> None:
+    """Refuse what is no loader, or one that is empty or can be passed over only once.
+
+    Raises:
+        ValueError: one line that names the loader and the cure.
+    """
+    kind = type(loader).__name__
+    if isinstance(loader, Dataset):
+        raise ValueError(f"the {name} loader is a dataset ({kind}): give DataLoader(it, batch_size=...)")
+    if isinstance(loader, Iterator):
+        raise ValueError(f"the {name} loader ({kind}) ends after one pass: give a DataLoader, or a list")
+    if not hasattr(loader, "__iter__"):
+        raise ValueError(f"the {name} loader must yield (images, labels), and a {kind} yields nothing")
+    if isinstance(loader, Sized) and length_of(loader) == 0:
+        raise ValueError(
+            f"the {name} loader has no batch: are there fewer images than a batch, and drop_last=True?"
+        )
+
+
+def check_optimizer(optimizer: torch.optim.Optimizer, model: nn.Module) -> None:
+    """Refuse an optimizer that cannot train the model one batch at a time.
+
+    Raises:
+        ValueError: it moves no parameter of the model, or needs a closure.
+    """
+    if isinstance(optimizer, torch.optim.LBFGS):
+        raise ValueError("LBFGS asks for the loss several times a step: choose another optimizer")
+    moved = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    if not any(id(p) in moved for p in model.parameters() if p.requires_grad):
+        raise ValueError(
+            "the optimizer moves no trainable parameter of this model: was the model made after it? "
+            "make the optimizer again"
+        )
+
+
+def check_scheduler(scheduler: Any, optimizer: torch.optim.Optimizer) -> None:
+    """Refuse a scheduler that cannot be stepped after every batch of this optimizer.
+
+    Raises:
+        ValueError: one line that says how to make one that fits.
+    """
+    if scheduler is None:
+        return
+    kind = type(scheduler).__name__
+    if isinstance(scheduler, ReduceLROnPlateau):
+        raise ValueError(
+            f"{kind} waits for a validation loss, but schedules here are stepped after every batch: "
+            "step it yourself after each `train`, or choose another"
+        )
+    if not hasattr(scheduler, "step"):
+        raise ValueError(f"the scheduler, a {kind}, has no step(): is an argument in the wrong place?")
+    if getattr(scheduler, "optimizer", optimizer) is not optimizer:
+        raise ValueError(f"the {kind} is another optimizer's: make it again, with this optimizer")
+
+
+def check_steps_left(scheduler: Any, loader: BatchLoader, epochs: int, done: int = 0) -> None:
+    """Refuse a schedule that ends before the training; warn of one that seems to count epochs.
+
+    Args:
+        done: steps of the training that are behind.
+
+    Raises:
+        ValueError: it says how many steps the schedule has left.
+    """
+    length = length_of(loader)
+    if scheduler is None or length is None:
+        return
+    steps, kind = length * epochs, type(scheduler).__name__
+    # OneCycleLR's rate after its `total_steps` is negative: it is for one step less.
+    left = getattr(scheduler, "total_steps", math.inf) - 1 - getattr(scheduler, "last_epoch", 0)
+    if left < steps - done - 1:
+        raise ValueError(
+            f"the {kind} has {max(0, left):.0f} steps left and the training {steps - done}: "
+            f"make it again, with {steps} steps in all"
+        )
+    for name in HORIZONS:
+        value = getattr(scheduler, name, None)
+        last = max(value, default=0) if isinstance(value, dict) else value
+        if isinstance(last, int) and 0 < last <= epochs < steps and not done:
+            print(
+                f"warning: {kind} is stepped after every batch, {steps} times in all, and its {name} is "
+                f"{last}: count it in batches"
+            )
+
+
+def check_training(
+    model: Any,
+    train_loader: Any,
+    optimizer: torch.optim.Optimizer,
+    scheduler: Any = None,
+    epochs: int = 1,
+) -> None:
+    """The door of every function that trains.
+
+    Raises:
+        ValueError: one line that names what does not fit, and the cure.
+    """
+    check_model(model)
+    check_loader("training", train_loader)
+    check_optimizer(optimizer, model)
+    check_scheduler(scheduler, optimizer)
+    check_steps_left(scheduler, train_loader, epochs)
+
+
+def check_model(model: Any) -> None:
+    """Refuse what is no network.
+
+    Raises:
+        ValueError: it is named.
+    """
+    if not isinstance(model, nn.Module):
+        raise ValueError(f"the model must be an nn.Module, not {type(model).__name__}")
+
+
+def whole_number(name: str, value: Any, low: int) -> int:
+    """A number as a plain int.
+
+    Raises:
+        ValueError: it is no whole number, or under `low`.
+    """
+    try:
+        number = operator.index(value)
+    except TypeError:
+        raise ValueError(f"{name} must be a whole number, not {value!r}") from None
+    if number < low:
+        raise ValueError(f"{name} must be at least {low}, not {number}")
+    return number
+
+
+def fraction(name: str, value: Any) -> float:
+    """A number as a plain float.
+
+    Raises:
+        ValueError: it is not at least 0 and under 1.
+    """
+    try:
+        number = float(value)
+    except (TypeError, ValueError):
+        raise ValueError(f"{name} must be a number, not {value!r}") from None
+    if not 0 <= number < 1:
+        raise ValueError(f"{name} must be at least 0 and under 1, not {number}")
+    return number
+
+
+def check_batch(batch: Any, classes: int | None = None) -> tuple[Tensor, Tensor]:
+    """Images and labels of a batch, if they are what they must be.
+
+    Args:
+        classes: that the model knows; None: not known yet.
+
+    Raises:
+        ValueError: it is no pair, or has wrong types or shapes, or a label that is no class. The values
+            of labels on a GPU are not looked at, which would make it wait.
+    """
+    if not isinstance(batch, (tuple, list)) or len(batch) != 2:
+        size = f" of {len(batch)}" if isinstance(batch, Sized) else ""
+        raise ValueError(f"a batch must be a pair (images, labels), not a {type(batch).__name__}{size}")
+    images, labels = batch
+    if not isinstance(images, Tensor) or not isinstance(labels, Tensor):
+        kinds = f"{type(images).__name__} and {type(labels).__name__}"
+        raise ValueError(f"a batch must be two tensors (images, labels), not {kinds}")
+    kinds = f"{images.dtype} {tuple(images.shape)} and {labels.dtype} {tuple(labels.shape)}"
+    if images.dtype not in (torch.float32, torch.float16, torch.bfloat16) or images.dim() != 4:
+        raise ValueError(f"a batch must be float32 (N, C, H, W) and int64 (N,), not {kinds}")
+    if labels.dtype != torch.int64:
+        raise ValueError(f"a batch must be float32 (N, C, H, W) and int64 (N,), not {kinds}")
+    if labels.shape != images.shape[:1] or not len(labels):
+        raise ValueError(f"a batch needs one label an image, and an image, not {kinds}")
+    if classes is not None and labels.device.type == "cpu":
+        check_labels(labels, classes)
+    return images, labels
+
+
+def check_labels(labels: Tensor, classes: int) -> None:
+    """Refuse labels that are no class; cross-entropy would silently leave out one of -100.
+
+    Raises:
+        ValueError: the least or greatest label is named.
+    """
+    low, high = (int(x) for x in labels.aminmax())
+    if low < 0 or high >= classes:
+        raise ValueError(f"labels must be 0 to {classes - 1}, not {low} to {high}")
+
+
+def count_classes(model: nn.Module, images: Tensor, device: torch.device, dtype: torch.dtype) -> int:
+    """The number of classes that a model tells apart, by its answer to two images; nothing in it moves.
+
+    Raises:
+        ValueError: it does not return logits (N, K); the message says what it returns.
+    """
+    images = images[:2].to(device)
+    plain = getattr(model, "_orig_mod", model)  # a compiled model would be compiled anew for this batch
+    with evaluation_mode(plain), torch.no_grad(), autocast(device, dtype), random_state_kept(device):
+        logits = plain(images)
+    check_logits(logits, len(images))
+    return logits.shape[1]
+
+
+def check_logits(logits: Any, count: int) -> Tensor:
+    """The output of a model, if it is one row of logits for each of `count` images.
+
+    Raises:
+        ValueError: it is something else, which is named.
+    """
+    if not isinstance(logits, Tensor):
+        raise ValueError(f"the model must return logits (N, K), not a {type(logits).__name__}")
+    if logits.dim() != 2 or len(logits) != count or not logits.is_floating_point():
+        shape = f"{logits.dtype} {tuple(logits.shape)} for {count} images"
+        raise ValueError(f"the model must return logits (N, K), not {shape}")
+    return logits
+
+
+def check_evaluation(model: nn.Module, device: torch.device, dtype: torch.dtype, *loaders: Any) -> None:
+    """Look at the first batch of each loader to evaluate on, and at the model's answer to it.
+
+    The model is moved to the device. Loaders and random state stay as they are.
+
+    Raises:
+        ValueError: no loader is given (None is none), or one, its batch or the answer is not what it
+            must be.
+    """
+    given = [loader for loader in loaders if loader is not None]
+    if not given:
+        raise ValueError("there is nothing to evaluate on: give a test_loader, or a val_loader")
+    model.to(device).to(memory_format=torch.channels_last)
+    for loader in given:
+        check_loader("evaluation", loader)
+        batch = first_batch(loader)
+        check_batch(batch, count_classes(model, check_batch(batch)[0], device, dtype))
+
+
+def first_batch(loader: BatchLoader) -> Any:
+    """The first batch of a loader, which then stands where it stood, as do the global generators.
+
+    Raises:
+        ValueError: there is none.
+    """
+    before, sampler = random_state(loader), getattr(loader, "sampler", None)
+    epoch = (sampler.epoch, sampler.first) if isinstance(sampler, EpochSampler) else None
+    batch = next(iter(loader), None)
+    set_random_state(loader, before)
+    if isinstance(sampler, EpochSampler) and epoch is not None:
+        sampler.set_epoch(*epoch)
+    if batch is None:
+        raise ValueError("the evaluation loader has no batch")
+    return batch
+
+
+@contextlib.contextmanager
+def evaluation_mode(model: nn.Module) -> Iterator[None]:
+    """Put a model into evaluation mode; each of its modules gets its own mode back."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training
+
+
+def training_mode(model: nn.Module) -> None:
+    """Put a model into training mode, unless it is: what its caller has frozen in it stays frozen."""
+    if not model.training:
+        model.train()
+
+
+def warn_if_shuffled(loader: Any) -> None:
+    """Say that another pass over a loader has another order, so that the two do not belong together."""
+    sampler = getattr(loader, "sampler", None)
+    if isinstance(sampler, RandomSampler | WeightedRandomSampler):
+        print("warning: the loader shuffles: predictions are in the order of this pass, no other has it")
