@@ -65,12 +65,11 @@ __all__ = [
 
 @contextlib.contextmanager
 def bad_input_refused() -> Iterator[None]:
-    """What is wrong with the user's input ends the program: one line, exit code 2."""
+    """A file that cannot be used in here is bad input, unlike a disk that fails later, during a run."""
     try:
         yield
-    except (ValueError, OSError) as error:
-        print(f"main.py: {reason(error)}", file=sys.stderr)
-        sys.exit(2)
+    except OSError as error:
+        raise ValueError(reason(error)) from None
 
 
 def train_command(argv: list[str]) -> None:

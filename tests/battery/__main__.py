@@ -415,8 +415,7 @@ def enter(entry: str, folder: Path, body: bytes) -> None:
                 checkpoints.start(some_parts(), {}, CPU, lambda epoch_state: None)
         else:
             extra = ["x.png"] if entry == "predict" else []
-            with contextlib.suppress(SystemExit):
-                main.main([entry, str(folder), *extra])
+            main.main([entry, str(folder), *extra])
 
 
 def peak_memory() -> int:
