@@ -41,7 +41,7 @@ from starlette.responses import PlainTextResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from torch import nn
 
-from checkpoint import DEFAULT_WEIGHTS, load_weights, read_files
+from checkpoint import read_files
 from config import make_parser
 from run import predict_images, run_config, test_images
 from sources.cifar10 import CLASSES
@@ -60,6 +60,7 @@ from visualize import (
     plot_lr_finder,
     plot_lr_history,
 )
+from weights_file import DEFAULT_WEIGHTS, load_weights
 
 MOST_BYTES = 8_000_000  # of one request, so of an uploaded file
 FEW, MOST_IMAGES = 6, 200  # mistakes on one page, and as many images beside them

@@ -4,7 +4,6 @@ import contextlib
 import hashlib
 import io
 import json
-import math
 import time
 from collections.abc import Callable
 from dataclasses import asdict
@@ -12,39 +11,33 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
-from torch import nn
 
 from config import Config
-from files import lock_folder, reason, unlock_folder, unlocked_on_error, write_whole
-from models import MODELS, make_model
-from utils import Epoch, EpochState, History, check_numbers, environment, nearest
+from files import Mirror, lock_folder, read_bytes, reason, unlock_folder, write_whole
+from utils import Epoch, EpochState, History, environment, plain
+from weights_file import save_weights, weights_content
 
-DEFAULT_WEIGHTS = "custom_resnet"  # the weights that a command takes if none are named
-SHIPPED = Path(__file__).parent / "weights"
 KEPT = 2  # checkpoints; one alone could be the one that is being replaced
 DIGEST = 32  # bytes of SHA-256 behind a checkpoint: torch.load itself checks nothing
 # Fields of a run that may differ between a run and its continuation: they change no number.
 MAY_DIFFER = ("data", "device")
 
 
-def save_checkpoint(
-    folder: str | Path, state: dict, step: int, mirror: str | Path | None = None
-) -> Path:
+def save_checkpoint(folder: str | Path, state: dict, step: int, mirror: Mirror | None = None) -> Path:
     """Write the state of a run as step-STEP.ckpt, and keep the `KEPT` newest.
 
     Args:
         folder: made if need be.
-        state: tensors and plain Python only.
+        state: tensors and plain Python only, NumPy's numbers and arrays too.
         step: updates done so far.
-        mirror: a second folder for a copy; a warning is printed if it cannot have one.
+        mirror: gets a copy, in its own time; a warning is printed if it cannot.
 
     Raises:
+        ValueError: something in the state could be written but not read back.
         OSError: `folder` cannot hold it; the checkpoints before are untouched.
     """
     buffer = io.BytesIO()
-    torch.save(state, buffer)
+    torch.save(plain(state, "the state"), buffer)
     body = buffer.getvalue()
     content = body + hashlib.sha256(body).digest()
     path = Path(folder) / f"step-{step:08d}.ckpt"
@@ -52,13 +45,7 @@ def save_checkpoint(
     write_whole(path, content)
     remove_old(path)
     if mirror is not None:
-        try:
-            # No parents: where a drive is not mounted, its folder must not be made on the local disk.
-            Path(mirror).mkdir(exist_ok=True)
-            write_whole(Path(mirror) / path.name, content)
-            remove_old(Path(mirror) / path.name)
-        except OSError as error:
-            print(f"warning: no copy of {path.name} in {mirror}: {error.strerror or error}")
+        mirror.copy(path.name, content, remove_old)
     return path
 
 
@@ -73,33 +60,55 @@ def remove_old(newest: Path) -> None:
 def load_checkpoint(*folders: str | Path | None) -> dict | None:
     """The state of the newest whole checkpoint in some folders, or None if there is none.
 
-    A damaged one is named, set aside as *.damaged, and passed over for the one before. Tensors are on
-    the CPU; nothing in a file can run.
+    A damaged one is named, set aside as *.damaged, and passed over for the one before. One that cannot
+    be read now is passed over too, and stays as it is: training again from an older one gives the same.
+    Tensors are on the CPU; nothing in a file can run.
 
     Raises:
-        OSError, MemoryError: a file may be whole, but cannot be read now.
+        OSError: there are checkpoints, and none can be read now.
+        MemoryError: a file may be whole, but there is no memory for it.
+        ValueError: a whole file holds what was not made here, or by another version.
     """
+    unread: OSError | None = None
     present = [Path(folder) for folder in folders if folder is not None]
     paths = [path for folder in present for path in folder.glob("step-*.ckpt")]
     for path in sorted(paths, key=lambda path: path.name, reverse=True):
         try:
             return read_checkpoint(path)
-        except (OSError, MemoryError):
-            raise
-        except Exception as error:  # whatever a damaged or hostile file raises
+        except OSError as error:
+            print(f"warning: checkpoint {path} cannot be read now ({error.strerror or error})")
+            unread = unread or error
+        except DamagedError as error:
             print(f"warning: checkpoint {path} is damaged ({error}){set_aside(path)}")
+    if unread is not None:
+        raise unread
     if paths:
         print("warning: no checkpoint is whole")
     return None
 
 
+class DamagedError(ValueError):
+    """A checkpoint is not as it was written."""
+
+
 def read_checkpoint(path: Path) -> dict:
-    """One checkpoint, whose digest must match."""
-    content = path.read_bytes()
+    """One checkpoint, whose digest must match.
+
+    Raises:
+        DamagedError: it does not.
+        ValueError: it does, and the file holds something that is never read.
+    """
+    content = read_bytes(path)
     body, expected = content[:-DIGEST], content[-DIGEST:]
     if hashlib.sha256(body).digest() != expected:
-        raise ValueError(f"{len(content):,} bytes, and the SHA-256 does not match")
-    return torch.load(io.BytesIO(body), map_location="cpu", weights_only=True)
+        raise DamagedError(f"{len(content):,} bytes, and the SHA-256 does not match")
+    try:
+        return torch.load(io.BytesIO(body), map_location="cpu", weights_only=True)
+    except MemoryError:
+        raise
+    except Exception as error:  # whatever a hostile file raises
+        kind = type(error).__name__
+        raise ValueError(f"checkpoint {path} is whole, but holds what is never read ({kind})") from None
 
 
 def set_aside(path: Path) -> str:
@@ -137,7 +146,13 @@ class Checkpoints:
     ):
         self.run = None if folder is None else Path(folder)
         self.folder = None if folder is None else Path(folder) / "checkpoints"
-        self.card, self.resume, self.mirror, self.seconds = card, resume, mirror, seconds
+        self.card, self.resume, self.seconds = card, resume, seconds
+        self.mirror = None if mirror is None else Mirror(mirror)
+
+    @property
+    def mirrored(self) -> Path | None:
+        """The second folder, if there is one."""
+        return None if self.mirror is None else self.mirror.folder
 
     @property
     def steps(self) -> int:
@@ -148,7 +163,9 @@ class Checkpoints:
         return self
 
     def __exit__(self, *error: object) -> None:
-        if self.run is not None:
+        if self.mirror is not None:
+            self.mirror.close()
+        if self.run is not None and self.locked:
             unlock_folder(self.run)
 
     def start(
@@ -176,26 +193,33 @@ class Checkpoints:
         self.history, self.epoch_state = History(), EpochState.of(1, device, random_state())
         self.saved = time.monotonic()
         self.failure: OSError | None = None
+        self.locked = False
         self.machine = {"device": device.type, **environment(device)}
         if self.run is None or self.folder is None:  # both or neither
             return self
         self.folder.mkdir(parents=True, exist_ok=True)
-        lock_folder(self.run)
-        with unlocked_on_error(self.run):
+        self.locked = lock_folder(self.run)
+        try:
             self.begin(device)
+        except BaseException:
+            self.__exit__()
+            raise
         return self
 
     def begin(self, device: torch.device) -> None:
         """`start`, in a folder that is this process's own."""
+        folders = [folder for folder in (self.folder, self.mirrored) if folder is not None]
         if not self.resume:
-            for folder in (self.folder, self.mirror):
-                if folder is not None and any(Path(folder).glob("step-*.ckpt")):
+            for folder in folders:
+                if any(folder.glob("step-*.ckpt")):
                     raise ValueError(f"{folder} holds a run; resume it, or choose another folder")
-        state = load_checkpoint(self.folder, self.mirror) if self.resume else None
+        state = load_checkpoint(*folders) if self.resume else None
         if state is None:
+            refuse_lost_run(self.run)
             if self.resume:
                 print(f"nothing to resume in {self.folder}: the run begins")
             self.save()  # step 0: a run that fails early can start again from the same initial weights
+            self.check_written()
             return
         try:
             check_same_run(state["card"], self.card)
@@ -211,6 +235,13 @@ class Checkpoints:
             # from the mirror, which holds checkpoints only.
             self.save_epoch()
 
+    def check_written(self) -> None:
+        """Read the first checkpoint back, before anything is trained that only it could bring back."""
+        if self.card is not None:
+            weights_content(self.parts.get("ema_model", self.parts["model"]), self.card)
+        if self.failure is None and load_checkpoint(self.folder) is None:
+            raise ValueError(f"what is written to {self.folder} does not come back as it was written")
+
     def restore(self, state: dict, device: torch.device) -> None:
         """Load a state into the parts, the history and the epoch's state."""
         if set(state["parts"]) != set(self.parts):
@@ -224,7 +255,12 @@ class Checkpoints:
         self.history.epochs, self.history.lrs = rows, state["history"]["lrs"]
         self.epoch_state = EpochState(**state["epoch_state"])
         self.epoch_state.totals = self.epoch_state.totals.to(device)
-        print(f"resumed in epoch {self.epoch_state.epoch} after {self.epoch_state.steps} steps of it")
+        if self.epoch_state.epoch > self.train_settings["epochs"]:
+            print("the training is finished: nothing is left to train")
+        else:
+            print(
+                f"resumed in epoch {self.epoch_state.epoch} after {self.epoch_state.steps} steps of it"
+            )
 
     def save(self) -> None:
         """Write a checkpoint now; a failure is printed, kept in `failure`, and harms nothing."""
@@ -282,6 +318,20 @@ class Checkpoints:
             raise self.failure
 
 
+def refuse_lost_run(folder: Path | None) -> None:
+    """Refuse to begin where a run has left results but no checkpoint: they would be overwritten.
+
+    Raises:
+        ValueError: history or weights of a run are there.
+    """
+    for name in ("history.json", "weights.safetensors"):
+        if folder is not None and (folder / name).exists():
+            raise ValueError(
+                f"{folder} has the {name} of a run and none of its checkpoints, so that it cannot be "
+                "continued; choose another folder"
+            )
+
+
 def check_same_run(before: dict | None, now: dict | None) -> None:
     """Refuse to continue a run with another configuration or other data."""
     if before is None or now is None:
@@ -331,18 +381,25 @@ def check_same_training(before: dict, now: dict) -> None:
 
 
 def check_same(what: str, before: dict, now: dict) -> None:
-    """Refuse another value than before, and say what would do."""
-    for name, value in now.items():
-        old = before.get(name)
-        if old != value:
-            flag = name.replace("_", "-")
-            words = {None: f"without --{flag}", True: f"with --{flag}", False: f"with --no-{flag}"}
-            plain = old is None or isinstance(old, bool)
-            cure = words[old] if plain else f"with --{flag} {old}"
-            raise ValueError(
-                f"the {what} has {name} {old}, not {value}: continue it {cure}, "
-                "or start another with another --output (and --mirror)"
-            )
+    """Refuse other values than before: all are named, and what would do."""
+    other = {name: (before.get(name), value) for name, value in now.items() if before.get(name) != value}
+    if other:
+        found = ", ".join(f"{name} {old}, not {new}" for name, (old, new) in other.items())
+        cures = " ".join(flag_of(name, old) for name, (old, _) in other.items())
+        raise ValueError(
+            f"the {what} has {found}: continue it {cures}, "
+            "or start another with another --output (and --mirror)"
+        )
+
+
+def flag_of(name: str, value: Any) -> str:
+    """How a setting is given on the command line, in words."""
+    flag = name.replace("_", "-")
+    if value is None:
+        return f"without --{flag}"
+    if isinstance(value, bool):
+        return f"with --{'' if value else 'no-'}{flag}"
+    return f"with --{flag} {value}"
 
 
 def check_shapes(stored: dict, parts: dict) -> None:
@@ -353,94 +410,15 @@ def check_shapes(stored: dict, parts: dict) -> None:
         if expected != found:
             wrong = sorted(n for n in {*expected, *found} if expected.get(n) != found.get(n))
             raise ValueError(f"the checkpoint does not fit the model at {', '.join(wrong[:3])}")
+    for group in stored["optimizer"]["param_groups"]:
+        moments = [stored["optimizer"]["state"].get(index, {}) for index in group["params"]]
+        if len({frozenset(names) for names in moments if names}) > 1:
+            raise ValueError("the checkpoint's optimizer lacks a moment of some parameters")
     shapes = [p.shape for group in parts["optimizer"].param_groups for p in group["params"]]
     for index, moments in stored["optimizer"]["state"].items():
         for name, value in moments.items():
             if isinstance(value, torch.Tensor) and value.dim() and value.shape != shapes[index]:
                 raise ValueError(f"the checkpoint's {name} does not fit parameter {index}")
-
-
-def save_weights(path: str | Path, model: nn.Module, card: dict) -> None:
-    """Write a model's weights and what is needed to use them, as safetensors, in one step.
-
-    Args:
-        path: of the file; a previous one stays whole until the new one is.
-        model: whose state dict is written, as it is.
-        card: plain data: "model", "options" (keyword arguments of `make_model`), "classes", "mean",
-            "std", "image_size", and "config", the fields of the run, which `main.py test` and
-            `report` need.
-
-    Raises:
-        OSError: it could not be written.
-    """
-    tensors = {name: tensor.cpu().contiguous() for name, tensor in model.state_dict().items()}
-    # One entry: safetensors writes several in an order that changes from process to process.
-    write_whole(path, save(tensors, metadata={"card": json.dumps(card | {"sha256": digest(tensors)})}))
-
-
-def digest(tensors: dict[str, torch.Tensor]) -> str:
-    """SHA-256 of names and bytes of some tensors."""
-    found = hashlib.sha256()
-    for name in sorted(tensors):
-        found.update(name.encode())
-        found.update(tensors[name].contiguous().flatten().view(torch.uint8).numpy().data)
-    return found.hexdigest()
-
-
-def load_weights(path: str | Path) -> tuple[nn.Module, dict]:
-    """Build the model that a weights file holds, and return it with the file's card.
-
-    A run folder stands for its weights.safetensors, a network's name for the file in weights/. It cannot
-    run code; names and shapes must be those of the network that the card names, which is compared
-    before memory is taken for it.
-
-    Raises:
-        ValueError: no such file, not a weights file, or tensors that do not fit; one line.
-    """
-    path = Path(path)
-    if str(path) in MODELS and not path.exists():
-        path = SHIPPED / f"{path}.safetensors"
-    if path.is_dir() and not (path / "weights.safetensors").exists():
-        raise ValueError(
-            f"{path} has no weights.safetensors: it is no run, or one without a whole epoch"
-        )
-    path = path / "weights.safetensors" if path.is_dir() else path
-    if not path.is_file():
-        raise ValueError(f"there is no weights file {path}{nearest(str(path), MODELS)}")
-    try:
-        with safe_open(path, framework="pt") as file:
-            card = json.loads((file.metadata() or {})["card"])
-            missing = {"model", "options", "classes", "mean", "std", "image_size"} - set(card)
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118, no mapping
-        if missing or card.pop("sha256") != digest(tensors):
-            raise ValueError(f"the card lacks {sorted(missing)}" if missing else "it is damaged")
-        check_card(card)
-        with torch.device("meta"):
-            model = make_model(card["model"], len(card["classes"]), **card["options"])
-        model.load_state_dict(tensors, strict=True, assign=True)
-    except (SafetensorError, OSError, KeyError, TypeError, ValueError, RuntimeError) as error:
-        reason = (str(error) or type(error).__name__).splitlines()[-1].strip()
-        raise ValueError(f"{path} is no weights file of this package ({reason})") from None
-    return model.float(), card
-
-
-def check_card(card: dict) -> None:
-    """Refuse the card of a weights file whose entries are not valid: images could not be prepared by it.
-
-    Raises:
-        ValueError: one of its entries is not what `save_weights` asks for.
-    """
-    size, classes = card["image_size"], card["classes"]
-    if type(size) is not int or not 8 <= size <= 1024:
-        raise ValueError(f"image_size {size}")
-    if not isinstance(classes, list) or not all(isinstance(name, str) for name in classes):
-        raise ValueError("classes are no list of names")
-    for name in ("mean", "std"):
-        check_numbers(name, card[name])
-        if len(card[name]) != 3 or not all(map(math.isfinite, card[name])):
-            raise ValueError(f"{name} {card[name]}")
-    if min(card["std"]) <= 0 or not isinstance(card.get("config", {}), dict):
-        raise ValueError("std is not positive, or config no mapping")
 
 
 def read_files(folder: Path, *names: str) -> list:
@@ -450,8 +428,8 @@ def read_files(folder: Path, *names: str) -> list:
         ValueError: one is not there, or not what this package writes; it is named.
     """
     readers = {
-        "config.json": lambda path: Config(**json.loads(path.read_bytes())),
-        "environment.json": lambda path: "{machine}; {versions}".format(**json.loads(path.read_bytes())),
+        "config.json": lambda path: Config(**json.loads(read_bytes(path))),
+        "environment.json": lambda path: "{machine}; {versions}".format(**json.loads(read_bytes(path))),
         "history.json": lambda path: finished(History.load(path.parent)),
     }
     found = []

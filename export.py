@@ -61,7 +61,7 @@ def export_model(
     Args:
         path: of the file; a previous one stays whole until the new one is.
         model: in float32 on the CPU; is put into evaluation mode.
-        card: as in `checkpoint.save_weights`.
+        card: as in `weights_file.save_weights`.
         format: "onnx", which needs requirements-export.txt, or "torch".
         images: real ones, uint8 (N, H, W, 3), more than three, of the card's `image_size`.
 

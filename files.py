@@ -3,7 +3,8 @@
 import contextlib
 import errno
 import os
-from collections.abc import Iterator
+import threading
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TextIO
 
@@ -42,23 +43,85 @@ def write_whole(path: str | Path, content: bytes | str) -> None:
     sync_folder(path.parent)
 
 
-def lock_folder(folder: str | Path) -> None:
+def read_bytes(path: str | Path) -> bytes:
+    """What a file holds, if it is a regular file: reading a pipe could wait for ever.
+
+    Raises:
+        OSError: it cannot be read, or is no regular file.
+    """
+    path = Path(path)
+    if path.exists() and not path.is_file():
+        raise OSError(errno.EINVAL, "not a regular file", str(path))
+    return path.read_bytes()
+
+
+class Mirror:
+    """A second folder that gets copies of files, written by a thread, so that nobody waits for it.
+
+    The folder is made once, without its parents: where a drive is not mounted, nothing is written to
+    the local disk in its place. If another folder appears under its name later, as when the drive is
+    unmounted, that one gets nothing.
+
+    Args:
+        folder: to copy to.
+        patience: seconds that `close` waits for the last copies.
+    """
+
+    def __init__(self, folder: str | Path, patience: float = 10.0):
+        self.folder, self.patience = Path(folder), patience
+        self.identity: tuple[int, int] | None = None
+        self.thread: threading.Thread | None = None
+
+    def copy(self, name: str, content: bytes, after: Callable[[Path], None]) -> None:
+        """Begin to write a file, then call `after` with its path; skipped while a copy is under way."""
+        if self.thread is not None and self.thread.is_alive():
+            print(f"warning: no copy of {name} in {self.folder}: it still writes the one before")
+            return
+        self.thread = threading.Thread(target=self.write, args=(name, content, after), daemon=True)
+        self.thread.start()
+
+    def write(self, name: str, content: bytes, after: Callable[[Path], None]) -> None:
+        """Write one file; a failure is said in one line, and nothing more."""
+        try:
+            if self.identity is None:
+                self.folder.mkdir(exist_ok=True)
+            status = self.folder.stat()
+            if self.identity not in (None, (status.st_dev, status.st_ino)):
+                raise OSError(errno.ENODEV, "it is no longer the folder that it was", str(self.folder))
+            self.identity = status.st_dev, status.st_ino
+            write_whole(self.folder / name, content)
+            after(self.folder / name)
+        except OSError as error:
+            print(f"warning: no copy of {name} in {self.folder}: {error.strerror or error}")
+
+    def close(self) -> None:
+        """Wait for the copy that is under way, but not for ever."""
+        if self.thread is not None:
+            self.thread.join(self.patience)
+            if self.thread.is_alive():
+                print(f"warning: the last copy in {self.folder} was not ready in {self.patience:g} s")
+
+
+def lock_folder(folder: str | Path) -> bool:
     """Keep other processes out of a run folder, and remove what killed ones left half-written there.
 
     The system takes the lock from a process that ends, however it ends; unlike flock's, this kind does
     not pass to worker processes, which outlive a killed one for seconds. A folder that can have no lock,
     such as one on some network drives, is used without.
 
+    Returns:
+        Whether it is newly locked; False if this process had it before, or it can have no lock.
+
     Raises:
         ValueError: another process has it.
     """
     path = Path(folder).resolve()
     if fcntl is None or path in LOCKS:
-        return
+        return False
     try:
         file = (path / ".lock").open("a+")
     except OSError:
-        return
+        return False
     try:
         fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
@@ -66,13 +129,14 @@ def lock_folder(folder: str | Path) -> None:
             file.seek(0)
             if error.errno in (errno.EACCES, errno.EAGAIN):
                 raise ValueError(f"{folder} is in use by process {file.read() or '?'}") from None
-        return
+        return False
     LOCKS[path] = file
     file.truncate(0)
     file.write(str(os.getpid()))
     file.flush()
     for partial in (*path.glob(".*.tmp"), *path.glob("checkpoints/.*.tmp")):
         partial.unlink(missing_ok=True)
+    return True
 
 
 def unlock_folder(folder: str | Path) -> None:

@@ -45,7 +45,7 @@ def _network(name: str, pretrained: bool, options: dict[str, Any]) -> nn.Module:
     if options:
         raise ValueError(f"pretrained weights have their own options, not {', '.join(options)}")
     with _own_modules():
-        load_weights = importlib.import_module("checkpoint").load_weights
+        load_weights = importlib.import_module("weights_file").load_weights
     model, card = load_weights(_ROOT / "weights" / f"{name}.safetensors")
     model.card = card
     return model.eval()

@@ -18,7 +18,7 @@ from pathlib import Path
 
 import numpy as np
 
-from checkpoint import DEFAULT_WEIGHTS, check_same_images, load_weights
+from checkpoint import check_same_images
 from config import CHOICES, make_parser, parse_config
 from data import make_loaders
 from files import reason
@@ -45,6 +45,7 @@ from training.loops import fit_model, predict, test, train
 from training.lr_finder import find_lr
 from training.optim import make_optimizer, one_cycle
 from utils import choose, name_of, pick_precision
+from weights_file import DEFAULT_WEIGHTS, load_weights
 
 __all__ = [
     "find_lr",

@@ -13,14 +13,7 @@ from torch import nn
 from torch.optim.lr_scheduler import OneCycleLR
 from torch.utils.data import DataLoader
 
-from checkpoint import (
-    Checkpoints,
-    check_same_images,
-    check_same_run,
-    load_checkpoint,
-    load_weights,
-    read_files,
-)
+from checkpoint import Checkpoints, check_same_images, check_same_run, load_checkpoint, read_files
 from config import Config
 from data import Loaders, dataset_of, make_loader, make_loaders
 from files import lock_folder, unlocked_on_error, write_whole
@@ -32,6 +25,7 @@ from training.lr_finder import LRFinderResult, find_lr, read_finder
 from training.optim import make_optimizer, one_cycle
 from transforms import normalize, test_transform
 from utils import History, environment, get_device, name_of, pick_precision, seed_everything, summarize
+from weights_file import load_weights
 
 
 def predict_images(

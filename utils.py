@@ -10,6 +10,7 @@ import platform
 import random
 import statistics
 import sys
+from collections import Counter, OrderedDict
 from collections.abc import Collection, Iterator
 from dataclasses import asdict, dataclass, field, fields
 from importlib import metadata
@@ -160,6 +161,34 @@ def check_numbers(name: str, values: list) -> None:
     """
     if not isinstance(values, list) or not all(type(value) in (int, float) for value in values):
         raise ValueError(f"{name} must be numbers")
+
+
+def plain(value: Any, where: str) -> Any:
+    """A state with NumPy's numbers and arrays as Python's numbers and tensors; the rest must be plain.
+
+    Args:
+        where: the name of the value, for the message.
+
+    Raises:
+        ValueError: something in it could be written but not read back; its place is named.
+    """
+    if value is None or isinstance(value, torch.Tensor | torch.dtype | torch.device):
+        return value
+    if isinstance(value, np.generic):
+        return value.item()
+    if isinstance(value, np.ndarray):
+        return torch.from_numpy(value.copy())
+    if type(value) in (bool, int, float, complex, str, bytes):
+        return value
+    if type(value) in (list, tuple, set):
+        changed = [plain(item, f"{where}[{index}]") for index, item in enumerate(value)]
+        same = all(new is old for new, old in zip(changed, value, strict=True))
+        return value if same else type(value)(changed)
+    if isinstance(value, dict):
+        items = {plain(key, where): plain(item, f"{where}.{key}") for key, item in value.items()}
+        same = all(new is old for new, old in zip(items.values(), value.values(), strict=True))
+        return value if same and type(value) in (dict, OrderedDict, Counter) else items
+    raise ValueError(f"{where} is a {type(value).__name__}, which no checkpoint can hold: make it plain")
 
 
 def get_device(name: str = "auto") -> torch.device:

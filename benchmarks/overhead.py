@@ -24,7 +24,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from benchmarks import common
-from checkpoint import save_checkpoint, save_weights
+from checkpoint import save_checkpoint
 from config import Config
 from data import Loaders, limit_batches, make_loaders, start_epoch
 from models import make_model
@@ -33,6 +33,7 @@ from training.loops import fit_model, forward_all, score
 from training.optim import make_optimizer, one_cycle
 from training.progress import event_log
 from utils import Epoch, History, autocast, pick_precision
+from weights_file import save_weights
 
 CPU = torch.device("cpu")
 EPOCH = 98  # steps: 50,000 images in batches of 512

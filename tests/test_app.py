@@ -13,8 +13,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-import checkpoint
 import main
+import weights_file
 from config import Config
 from sources import cifar10
 from sources.split import Split
@@ -184,7 +184,7 @@ def test_names_from_a_file_are_text_on_the_page_and_not_markup(shown):
 def test_the_page_of_a_run_has_its_curves_and_that_of_weights_alone_says_why_not(shown, tmp_path):
     assert app.plots(shown).count("<img") == 3  # its rate was given: no range test
     card = shown.card | {"config": shown.card["config"] | {"dataset": "cifar10", "data": "nowhere"}}
-    checkpoint.save_weights(tmp_path / "alone.safetensors", shown.model, card)
+    weights_file.save_weights(tmp_path / "alone.safetensors", shown.model, card)
     alone = app.open_shown(given(tmp_path / "alone.safetensors"))
     assert alone.folder is None and len(alone.split) == 1000
     assert app.plots(alone).count("<img") == 1 and "no curves" in app.plots(alone)
@@ -219,7 +219,7 @@ def test_what_cannot_be_shown_ends_in_one_line_and_exit_code_2(tmp_path, monkeyp
     card = {"model": "custom_resnet", "options": {"width": 4}, "classes": list("abcdefghij")}
     card |= {"mean": [0.5] * 3, "std": [0.25] * 3, "image_size": 32}
     card |= {"config": Config(dataset="cifar10-sample", width=4).identity}
-    checkpoint.save_weights(tmp_path / "w.safetensors", tiny, card)
+    weights_file.save_weights(tmp_path / "w.safetensors", tiny, card)
     assert app.main([str(tmp_path / "w.safetensors")]) == 2
     monkeypatch.setattr(app.PIL, "__version__", "12.3.0")
     assert app.main([str(tmp_path / "none")]) == 2

@@ -13,6 +13,7 @@ FLOORS = {
     "transforms": 0,
     "utils": 1,
     "sources": 2,
+    "weights_file": 2,
     "config": 3,
     "data": 4,
     "checkpoint": 4,

@@ -7,10 +7,12 @@ import hashlib
 import io
 import itertools
 import json
+import math
 import os
 import pickle
 import re
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -30,10 +32,12 @@ import main
 import models
 import sources
 import utils
+import weights_file
 from checkpoint import Checkpoints, load_checkpoint, save_checkpoint
 from config import Config, parse_config
 from data import EpochSampler, Samples, make_loader, make_loaders
-from files import lock_folder, unlock_folder, write_whole
+from files import Mirror, lock_folder, unlock_folder, write_whole
+from sources import cifar10
 from training import guards, loops, lr_finder, optim
 from transforms import test_transform as evaluation_transform
 from transforms import train_transform
@@ -111,6 +115,18 @@ def outcome(model, optimizer, history):
     torch.save([model.state_dict(), optimizer.state_dict()], buffer)
     rows = [{k: v for k, v in vars(row).items() if "second" not in k} for row in history.epochs]
     return hashlib.sha256(buffer.getvalue()).hexdigest(), rows, history.lrs
+
+
+CARD = {  # of the small run's network
+    "model": "custom_resnet",
+    "options": {"width": 4, "dropout": 0.2},
+    "classes": list(cifar10.CLASSES),
+    "image_size": 32,
+    "mean": [0.5] * 3,
+    "std": [0.2] * 3,
+    "config": {},
+    "data_sha256": "",
+}
 
 
 @pytest.fixture(scope="module")
@@ -217,7 +233,7 @@ def test_resuming_a_finished_run_trains_no_more(sample, uninterrupted, tmp_path)
 
 
 def test_a_finished_run_comes_back_whole_from_its_mirror(sample, uninterrupted, tmp_path):
-    card = {"config": {}, "data_sha256": ""}
+    card = CARD
     run(sample, tmp_path / "run", mirror=tmp_path / "drive", card=card)
     again = {"resume": True, "mirror": tmp_path / "drive", "card": card}
     assert run(sample, tmp_path / "other", **again) == uninterrupted
@@ -271,9 +287,148 @@ def test_an_older_run_goes_on_beside_newer_files_without_losing_its_own(tmp_path
 
 
 def test_a_mirror_on_a_drive_that_is_not_mounted_is_not_made_on_this_one(tmp_path, capsys):
-    save_checkpoint(tmp_path / "run", {"step": 1}, 1, mirror=tmp_path / "drive" / "run")
+    mirror = Mirror(tmp_path / "drive" / "run")
+    save_checkpoint(tmp_path / "run", {"step": 1}, 1, mirror)
+    mirror.close()
     assert "warning: no copy of step-00000001.ckpt" in capsys.readouterr().out
     assert not (tmp_path / "drive").exists()
+
+
+def test_a_mirror_that_hangs_holds_nobody_up(sample, uninterrupted, tmp_path, monkeypatch, capsys):
+    write = files.write_whole
+
+    def hang(path, content):
+        if Path(path).parent == tmp_path / "drive":
+            time.sleep(3)
+        write(path, content)
+
+    monkeypatch.setattr(files, "write_whole", hang)
+    before = time.monotonic()
+    mirror = Mirror(tmp_path / "drive", patience=0.1)
+    for step in (1, 2):
+        save_checkpoint(tmp_path / "run", {"step": step}, step, mirror)
+    mirror.close()
+    assert time.monotonic() - before < 2
+    printed = capsys.readouterr().out
+    assert "warning: no copy of step-00000002.ckpt" in printed and "was not ready in 0.1 s" in printed
+
+
+def test_a_folder_that_takes_the_mirrors_name_later_gets_no_copies(tmp_path, capsys):
+    mirror = Mirror(tmp_path / "drive")
+    save_checkpoint(tmp_path / "run", {"step": 1}, 1, mirror)
+    mirror.close()
+    (tmp_path / "drive").rename(tmp_path / "unmounted")
+    (tmp_path / "drive").mkdir()
+    save_checkpoint(tmp_path / "run", {"step": 2}, 2, mirror)
+    mirror.close()
+    assert not any((tmp_path / "drive").iterdir())
+    assert "no longer the folder that it was" in capsys.readouterr().out
+
+
+def test_numbers_of_numpy_in_a_run_are_kept_as_plain_ones_and_resumed(sample, tmp_path, capsys):
+    def fit(resume):
+        torch.manual_seed(0)
+        model = models.make_model("custom_resnet", width=4)
+        optimizer = torch.optim.SGD(model.parameters(), lr=np.logspace(-3, -1, 5)[2], momentum=0.9)
+        scheduler = torch.optim.lr_scheduler.ExponentialLR(optimizer, gamma=np.float32(0.99))
+        checkpoints = Checkpoints(tmp_path, resume=resume)
+        numbers = {"epochs": np.int64(2), "seed": np.uint8(3), "label_smoothing": np.float32(0.1)}
+        loaders = loaders_of(sample, 0)
+        return main.fit_model(
+            model, CPU, *loaders, optimizer, scheduler, checkpoints=checkpoints, **numbers
+        )
+
+    first = fit(False)
+    assert all(type(lr) is float for lr in first.lrs)
+    assert fit(True).lrs == first.lrs
+    printed = capsys.readouterr().out
+    assert "damaged" not in printed and "finished" in printed
+
+
+@pytest.mark.parametrize("odd", [Path("x"), slice(1), lambda: 0, np.array([Path("x")])])
+def test_state_that_no_checkpoint_can_hold_is_refused_by_its_place(tmp_path, odd):
+    with pytest.raises((ValueError, TypeError), match=r"the state.parts.scheduler\[1\]|object"):
+        save_checkpoint(tmp_path, {"parts": {"scheduler": [1, odd]}}, 1)
+    assert not list(tmp_path.glob("*.ckpt"))
+
+
+def test_a_run_without_its_checkpoints_is_not_begun_anew(sample, tmp_path):
+    run(sample, tmp_path, card=CARD)
+    history = (tmp_path / "history.json").read_bytes()
+    shutil.rmtree(tmp_path / "checkpoints")
+    for resume in (True, False):
+        with pytest.raises(ValueError, match="and none of its checkpoints"):
+            run(sample, tmp_path, resume=resume)
+    assert (tmp_path / "history.json").read_bytes() == history
+
+
+def make_unreadable(path, how):
+    """Something under a checkpoint's name that cannot be read as a file."""
+    path.unlink()
+    if how == "folder":
+        path.mkdir()
+    elif how == "pipe":
+        os.mkfifo(path)
+    else:
+        path.symlink_to("nowhere")
+
+
+@pytest.mark.parametrize("how", ["folder", "pipe", "link to nothing"])
+def test_a_checkpoint_that_cannot_be_read_is_passed_over_for_the_one_before(
+    sample, uninterrupted, tmp_path, how, capsys
+):
+    run(sample, tmp_path, stop_at=5, seconds=0)
+    newest = max((tmp_path / "checkpoints").glob("*.ckpt"))
+    make_unreadable(newest, how)
+    assert load_checkpoint(tmp_path / "checkpoints") is not None
+    assert "cannot be read now" in capsys.readouterr().out and newest.name in os.listdir(newest.parent)
+
+
+def test_a_moment_that_is_missing_from_a_checkpoint_is_refused(sample, tmp_path):
+    run(sample, tmp_path, stop_at=2)
+    state = load_checkpoint(tmp_path / "checkpoints")
+    del state["parts"]["optimizer"]["state"][0]["exp_avg"]
+    save_checkpoint(tmp_path / "checkpoints", state, 3)
+    with pytest.raises(ValueError, match="lacks a moment"):
+        run(sample, tmp_path, resume=True)
+
+
+def test_tied_complex_and_compiled_weights_come_back(sample, tmp_path):
+    model = models.make_model("custom_resnet", width=4, dropout=0.2)
+    model.layer1 = torch.compile(model.layer1)
+    weights_file.save_weights(tmp_path / "w.safetensors", torch.nn.DataParallel(model), CARD)
+    again, _ = weights_file.load_weights(tmp_path / "w.safetensors")
+    assert torch.equal(again.linear.weight, model.linear.weight) and not again.training
+
+
+def test_weights_are_not_written_with_another_networks_card(tmp_path):
+    model = models.make_model("custom_resnet", width=8)
+    with pytest.raises(ValueError, match=r"the card says custom_resnet \(width 4, .* does not fit at"):
+        weights_file.save_weights(tmp_path / "w.safetensors", model, CARD)
+    assert not list(tmp_path.iterdir())
+
+
+def test_weights_that_are_not_finite_are_refused(tmp_path):
+    model = models.make_model("custom_resnet", width=4, dropout=0.2)
+    model.prep[1].running_mean[0] = math.nan
+    weights_file.save_weights(tmp_path / "w.safetensors", model, CARD)
+    with pytest.raises(ValueError, match="not all of its numbers are finite"):
+        weights_file.load_weights(tmp_path / "w.safetensors")
+
+
+@pytest.mark.parametrize("change", [{"mean": [0.4] * 3}, {"classes": list("abcdefghij")}])
+def test_a_changed_card_is_noticed_as_changed_weights_are(tmp_path, change):
+    model = models.make_model("custom_resnet", width=4, dropout=0.2)
+    content = weights_file.weights_content(model, CARD)
+    old, new = (json.dumps(json.dumps(x))[1:-1].encode() for x in (CARD, CARD | change))
+    name = next(iter(change)).encode()
+    old, new = (x.split(name)[1].split(b"]")[0] for x in (old, new))
+    size = int.from_bytes(content[:8], "little") + len(new) - len(old)
+    changed = size.to_bytes(8, "little") + content[8:].replace(old, new, 1)
+    assert changed != content
+    (tmp_path / "w.safetensors").write_bytes(changed)
+    with pytest.raises(ValueError, match="it is damaged"):
+        weights_file.load_weights(tmp_path / "w.safetensors")
 
 
 def test_a_flipped_bit_in_a_weights_file_is_noticed(finished, tmp_path):
@@ -281,7 +436,7 @@ def test_a_flipped_bit_in_a_weights_file_is_noticed(finished, tmp_path):
     content[-100] ^= 1
     (tmp_path / "w.safetensors").write_bytes(content)
     with pytest.raises(ValueError, match="it is damaged"):
-        checkpoint.load_weights(tmp_path / "w.safetensors")
+        weights_file.load_weights(tmp_path / "w.safetensors")
 
 
 def test_resuming_what_never_began_begins_and_says_so(sample, uninterrupted, tmp_path, capsys):
@@ -551,7 +706,8 @@ def test_no_file_can_run_code(tmp_path, monkeypatch, forced, capsys):
     for k, body in enumerate(evil_files(proof)):
         path = tmp_path / f"step-{k:08d}.ckpt"
         path.write_bytes(with_digest(body))
-        assert load_checkpoint(tmp_path) is None
+        with pytest.raises(ValueError, match="is whole, but holds what is never read"):
+            load_checkpoint(tmp_path)
         (tmp_path / "w.safetensors").write_bytes(body)
         for command in (["test"], ["predict", "x.png"], ["report"]):
             argv = [command[0], str(tmp_path / "w.safetensors"), *command[1:]]
@@ -583,11 +739,12 @@ def test_weights_that_name_a_huge_network_take_no_memory_for_it(tmp_path):
 
     card = {"model": "custom_resnet", "options": {"width": 10**5}, "classes": ["a"], "image_size": 32}
     tensors = {"x": torch.zeros(1)}
-    card |= {"mean": [0.5] * 3, "std": [0.2] * 3, "sha256": checkpoint.digest(tensors)}
+    card |= {"mean": [0.5] * 3, "std": [0.2] * 3, "config": {}}
+    card |= {"sha256": weights_file.digest(tensors, card)}
     metadata = {"card": json.dumps(card)}
     save_file(tensors, tmp_path / "w.safetensors", metadata=metadata)
     with pytest.raises(ValueError, match="no weights file of this package .*[Uu]nexpected key"):
-        checkpoint.load_weights(tmp_path / "w.safetensors")
+        weights_file.load_weights(tmp_path / "w.safetensors")
 
 
 # The command line

@@ -5,9 +5,9 @@ from dataclasses import asdict
 import pytest
 
 import main
-from checkpoint import save_weights
 from config import Config
 from utils import Epoch, History
+from weights_file import save_weights
 
 
 def make_run(folder, epochs=2, val=False, **settings):

@@ -8,9 +8,9 @@ import torch
 import export
 import main
 import models
-from checkpoint import save_weights
 from sources.cifar10 import CLASSES
 from transforms import CIFAR10_MEAN, CIFAR10_STD, normalize
+from weights_file import save_weights
 
 FORMATS = [
     "torch",

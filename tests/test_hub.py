@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 import torch
 
-import checkpoint
 import models
+import weights_file
 
 ROOT = Path(__file__).parent.parent
 SIZES = {"custom_resnet": 6_573_130, "resnet18": 11_173_962, "resnet34": 21_282_122}
@@ -44,7 +44,7 @@ def test_pretrained_weights_come_with_their_card_and_ready_to_use(copy, tiny):
     card = {"model": "custom_resnet", "options": {"width": 4}, "classes": list("abcdefghij")}
     card |= {"mean": [0.5] * 3, "std": [0.25] * 3, "image_size": 32}
     (copy / "weights").mkdir()
-    checkpoint.save_weights(copy / "weights" / "custom_resnet.safetensors", tiny, card)
+    weights_file.save_weights(copy / "weights" / "custom_resnet.safetensors", tiny, card)
     model = hub("custom_resnet", copy, pretrained=True)
     assert not model.training and model.card == card
     for name, tensor in tiny.state_dict().items():

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import save_file
 from torch import nn
 from torch.utils.data import DataLoader, Dataset, TensorDataset
 
@@ -20,7 +21,7 @@ import models
 import run
 import sources
 import utils
-from checkpoint import Checkpoints, load_weights, save_weights
+from checkpoint import Checkpoints
 from config import Config, parse_config
 from data import make_loader
 from sources import cifar10
@@ -29,8 +30,19 @@ from training import lr_finder, optim
 from transforms import normalize, train_transform
 from transforms import test_transform as evaluation_transform
 from visualize import plot_gradcam, plot_misclassified
+from weights_file import digest, load_weights, save_weights
 
 CPU = torch.device("cpu")
+CARD = {  # of `build`'s network
+    "model": "custom_resnet",
+    "options": {"width": 4},
+    "classes": list(cifar10.CLASSES),
+    "mean": [0.5] * 3,
+    "std": [0.2] * 3,
+    "image_size": 32,
+    "config": {},
+    "data_sha256": "",
+}
 SMOKE = (
     "--dataset cifar10-sample --width 4 --batch-size 64 --epochs 2 --max-train-batches 3 "
     "--max-test-batches 2 --lr 0.01 --precision fp32"
@@ -101,11 +113,9 @@ def test_an_average_of_the_weights_is_judged_kept_and_left_in_the_model(loaders,
     model, optimizer = build()
     seen = [weights(model)]
     optimizer.register_step_post_hook(lambda *_: seen.append(weights(model)))
-    card = {"model": "custom_resnet", "options": {"width": 4}, "classes": list(cifar10.CLASSES)}
-    card |= {"mean": [0.5] * 3, "std": [0.2] * 3, "image_size": 32, "config": {}, "data_sha256": ""}
     options = {"epochs": 1, "precision": "fp32", "ema_decay": 0.75}
     history = main.fit_model(
-        model, CPU, *loaders, optimizer, checkpoints=Checkpoints(tmp_path, card), **options
+        model, CPU, *loaders, optimizer, checkpoints=Checkpoints(tmp_path, CARD), **options
     )
     expected = seen[0]
     for count, later in enumerate(seen[1:]):  # first the mean of all, so that no first weights stay
@@ -265,7 +275,7 @@ def test_weights_ruined_by_the_last_update_stop_the_run_and_are_not_kept(loaders
             optimizer,
             epochs=2,
             precision="fp32",
-            checkpoints=Checkpoints(tmp_path, card={}),
+            checkpoints=Checkpoints(tmp_path, CARD),
         )
     assert not (tmp_path / "weights.safetensors").exists() and not (tmp_path / "history.json").exists()
 
@@ -576,7 +586,7 @@ def test_command_line_and_library_give_the_same_history(finished):
 
 @pytest.mark.parametrize("name", ["", "weights.safetensors"])
 def test_saved_weights_test_as_they_are(finished, name, capsys):
-    from checkpoint import load_weights
+    from weights_file import load_weights
 
     assert main.main(["test", str(finished / name)]) == 0
     printed = capsys.readouterr().out
@@ -591,7 +601,7 @@ def test_saved_weights_test_as_they_are(finished, name, capsys):
 
 
 def test_predict_names_the_most_probable_classes(finished, tmp_path, sample, capsys):
-    from checkpoint import load_weights
+    from weights_file import load_weights
 
     paths = [str(tmp_path / f"{k}.png") for k in range(2)]
     for path, image in zip(paths, sample.images, strict=False):
@@ -714,7 +724,7 @@ def test_bad_input_is_one_line_and_exit_code_2(argv, message, finished, capsys, 
 
 
 def test_weights_without_a_run_of_this_version_are_refused_in_one_line(finished, tmp_path, capsys):
-    from checkpoint import load_weights, save_weights
+    from weights_file import load_weights, save_weights
 
     model, card = load_weights(finished)
     for config in ({"gone": 1}, None):
@@ -858,7 +868,9 @@ def test_a_refused_run_leaves_no_folder(tmp_path):
         {"image_size": 10**6},
         {"mean": None},
         {"mean": [0.5]},
+        {"mean": [1e9, 0.5, 0.5]},
         {"std": [0.2, 0.2, 0]},
+        {"std": [0.2, 0.2, 1e-9]},
         {"std": [0.2, 0.2, math.inf]},
         {"classes": {"a": 0}},
         {"config": None},
@@ -867,20 +879,20 @@ def test_a_refused_run_leaves_no_folder(tmp_path):
 )
 def test_a_card_that_nothing_could_be_judged_by_is_refused(finished, tmp_path, capsys, wrong):
     model, card = load_weights(finished)
-    save_weights(tmp_path / "w.safetensors", model, card | wrong)
+    with pytest.raises(ValueError, match="the card cannot go with weights"):
+        save_weights(tmp_path / "w.safetensors", model, card | wrong)
+    tensors, card = model.state_dict(), card | wrong
+    metadata = {"card": json.dumps(card | {"sha256": digest(tensors, card)})}
+    save_file(tensors, tmp_path / "w.safetensors", metadata=metadata)
     assert main.main(["test", str(tmp_path / "w.safetensors")]) == 2
     printed = capsys.readouterr().err
     assert "is no weights file of this package" in printed and printed.count("\n") == 1
 
 
 def test_weights_of_another_shape_are_refused(finished, tmp_path):
-    from safetensors.torch import save_file
-
-    from checkpoint import digest, load_weights
-
     _, card = load_weights(finished)
     wide = models.make_model("custom_resnet", width=8).state_dict()
-    metadata = {"card": json.dumps(card | {"sha256": digest(wide)})}
+    metadata = {"card": json.dumps(card | {"sha256": digest(wide, card)})}
     save_file(wide, tmp_path / "w.safetensors", metadata=metadata)
     with pytest.raises(ValueError, match="no weights file of this package .*size mismatch"):
         load_weights(tmp_path / "w.safetensors")

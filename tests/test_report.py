@@ -6,7 +6,6 @@ import numpy as np
 import pytest
 
 import main
-from checkpoint import load_weights
 from config import Config, parse_config
 from data import make_loaders
 from report import (
@@ -20,6 +19,7 @@ from report import (
     write_report,
 )
 from utils import Epoch, History, Predictions
+from weights_file import load_weights
 
 
 @pytest.fixture(scope="module")

@@ -6,12 +6,12 @@ import json
 from dataclasses import replace
 from pathlib import Path
 
-from checkpoint import SHIPPED, load_weights, save_weights
 from config import Config, command_of
 from files import write_whole
 from run import test_images
 from training.loops import test
 from utils import History, get_device, name_of, pick_precision
+from weights_file import SHIPPED, load_weights, save_weights
 
 CARD = """# {model}
 
