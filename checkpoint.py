@@ -12,15 +12,13 @@ from typing import Any
 
 import torch
 
-from config import Config
+from config import Config, check_same_settings, check_version
 from files import Mirror, lock_folder, read_bytes, reason, unlock_folder, write_whole
 from utils import Epoch, EpochState, History, environment, plain
 from weights_file import save_weights, weights_content
 
 KEPT = 2  # checkpoints; one alone could be the one that is being replaced
 DIGEST = 32  # bytes of SHA-256 behind a checkpoint: torch.load itself checks nothing
-# Fields of a run that may differ between a run and its continuation: they change no number.
-MAY_DIFFER = ("data", "device")
 
 
 def save_checkpoint(folder: str | Path, state: dict, step: int, mirror: Mirror | None = None) -> Path:
@@ -336,16 +334,8 @@ def check_same_run(before: dict | None, now: dict | None) -> None:
     """Refuse to continue a run with another configuration or other data."""
     if before is None or now is None:
         return
-    unknown = ", ".join(sorted(before["config"].keys() - asdict(Config()).keys()))
-    if unknown:
-        raise ValueError(
-            f"the run is of another version of this package, which has the settings {unknown}: continue "
-            "it with that version, or start another with another --output (and --mirror)"
-        )
-    both_have_workers = before["config"].get("workers") and now["config"]["workers"]
-    free = (*MAY_DIFFER, "workers") if both_have_workers else MAY_DIFFER
-    config = {name: value for name, value in now["config"].items() if name not in free}
-    check_same("run", asdict(Config()) | before["config"], config)  # a field newer than the run: default
+    check_version(before["config"])
+    check_same_settings(asdict(Config()) | before["config"], now["config"])  # newer fields: defaults
     check_same_images(before, now, now["config"].get("data"))
     if before.get("augmentation", now.get("augmentation")) != now.get("augmentation"):
         raise ValueError("the augmentation is not the one that the run began with")
@@ -378,28 +368,6 @@ def check_same_training(before: dict, now: dict) -> None:
                 f"the training has {name.replace('_', ' ')} {before[name]}, not {value}, "
                 "and can only be continued as it began"
             )
-
-
-def check_same(what: str, before: dict, now: dict) -> None:
-    """Refuse other values than before: all are named, and what would do."""
-    other = {name: (before.get(name), value) for name, value in now.items() if before.get(name) != value}
-    if other:
-        found = ", ".join(f"{name} {old}, not {new}" for name, (old, new) in other.items())
-        cures = " ".join(flag_of(name, old) for name, (old, _) in other.items())
-        raise ValueError(
-            f"the {what} has {found}: continue it {cures}, "
-            "or start another with another --output (and --mirror)"
-        )
-
-
-def flag_of(name: str, value: Any) -> str:
-    """How a setting is given on the command line, in words."""
-    flag = name.replace("_", "-")
-    if value is None:
-        return f"without --{flag}"
-    if isinstance(value, bool):
-        return f"with --{'' if value else 'no-'}{flag}"
-    return f"with --{flag} {value}"
 
 
 def check_shapes(stored: dict, parts: dict) -> None:

@@ -1,18 +1,23 @@
 """Describes one run completely and reads it from the command line."""
 
 import argparse
+import json
 import math
 import shlex
 import typing
 from dataclasses import Field, asdict, dataclass, field, fields
+from pathlib import Path
 from typing import Any, NoReturn
 
+from files import read_bytes
 from models import MODELS
 from sources import DATASETS
 from utils import choose, nearest
 
 # Where a run is kept and how often: fields that say nothing about what it is.
 STORAGE_FIELDS = ("output", "resume", "mirror", "checkpoint_seconds")
+# Fields that may differ between a run and its continuation: they change no number.
+MAY_DIFFER = ("data", "device")
 
 
 CHOICES = {
@@ -205,10 +210,14 @@ def make_parser(prog: str, description: str, usage: str | None = None) -> argpar
         formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=29),
     )
 
+    settings = {f"--{item.name.replace('_', '-')}" for item in fields(Config)}
+
     def refuse(message: str) -> NoReturn:
         words = message.partition("unrecognized arguments: ")[2].split()
         flags = [word.partition("=")[0] for word in words if word.startswith("-")]
         hint = nearest(flags[0], parser._option_string_actions) if flags else ""
+        if flags and flags[0] in settings:
+            hint = f"; {flags[0]} is a setting of training, and {prog} takes it from the run"
         parser.exit(2, f"{prog}: {message}{hint}\n")
 
     parser.error = refuse  # type: ignore[method-assign]  # instead of a class with this one method
@@ -238,9 +247,76 @@ def parse_config(argv: list[str], prog: str = "main.py", usage: str | None = Non
     try:
         recipe = given.pop("recipe")
         choose("recipe", recipe, RECIPES)
-        return Config(**{**RECIPES[recipe], **given})
+        given = RECIPES[recipe] | given
+        path = Path(given.get("output") or "", "config.json")
+        if given.get("resume") and given.get("output") and path.exists():
+            return resumed(given, path)
+        return Config(**given)
     except ValueError as error:
         parser.error(str(error))
+
+
+def resumed(given: dict[str, Any], path: Path) -> Config:
+    """The run whose configuration lies in a file, with what is given of where and how it is kept.
+
+    Raises:
+        ValueError: something is given that is not as the run has it; all that differs is named.
+    """
+    try:
+        stored = json.loads(read_bytes(path))
+        check_version(stored)
+        before = Config(**stored)
+        now = Config(**{**stored, **given})
+    except (OSError, TypeError, AttributeError, RecursionError, json.JSONDecodeError) as error:
+        raise ValueError(f"{path} is not what a run writes ({error})") from None
+    named = {name: value for name, value in now.identity.items() if name in given}
+    check_same_settings(before.identity, named)
+    return now
+
+
+def check_version(stored: dict) -> None:
+    """Refuse the configuration of a run that has settings which are not of this version.
+
+    Raises:
+        ValueError: they are named.
+    """
+    unknown = ", ".join(sorted(stored.keys() - {item.name for item in fields(Config)}))
+    if unknown:
+        raise ValueError(
+            f"the run is of another version of this package, which has the settings {unknown}: continue "
+            "it with that version, or start another with another --output (and --mirror)"
+        )
+
+
+def check_same_settings(before: dict, now: dict) -> None:
+    """Refuse to continue a run with other settings: all that differ are named, and what would do.
+
+    Raises:
+        ValueError: one line.
+    """
+    free = (*MAY_DIFFER, "workers") if before.get("workers") and now.get("workers") else MAY_DIFFER
+    other = {
+        name: (before.get(name), value)
+        for name, value in now.items()
+        if name not in free and before.get(name) != value
+    }
+    if other:
+        found = ", ".join(f"{name} {old}, not {new}" for name, (old, new) in other.items())
+        cures = " ".join(flag_of(name, old) for name, (old, _) in other.items())
+        raise ValueError(
+            f"the run has {found}: continue it {cures}, "
+            "or start another with another --output (and --mirror)"
+        )
+
+
+def flag_of(name: str, value: Any) -> str:
+    """How a setting is given on the command line, in words."""
+    flag = name.replace("_", "-")
+    if value is None:
+        return f"without --{flag}"
+    if isinstance(value, bool):
+        return f"with --{'' if value else 'no-'}{flag}"
+    return f"with --{flag} {value}"
 
 
 def command_of(config: Config) -> str:

@@ -29,6 +29,7 @@ class PixelsToLogits(nn.Module):
     Args:
         model: takes normalised images; is put into evaluation mode.
         mean, std: of the normalisation, for pixels from 0 to 1.
+        mirrored: answer with the mean logits of each image and its mirror image.
 
     Shape:
         uint8 (N, H, W, 3), RGB, as decoders return it -> logits float32 (N, K).
@@ -37,9 +38,11 @@ class PixelsToLogits(nn.Module):
     mean: torch.Tensor
     std: torch.Tensor
 
-    def __init__(self, model: nn.Module, mean: Sequence[float], std: Sequence[float]):
+    def __init__(
+        self, model: nn.Module, mean: Sequence[float], std: Sequence[float], mirrored: bool = False
+    ):
         super().__init__()
-        self.model = model
+        self.model, self.mirrored = model, mirrored
         self.register_buffer("mean", torch.tensor(mean, dtype=torch.float32).view(-1, 1, 1))
         self.register_buffer("std", torch.tensor(std, dtype=torch.float32).view(-1, 1, 1))
         self.eval()
@@ -47,7 +50,10 @@ class PixelsToLogits(nn.Module):
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         """Scale to 0..1, normalise, classify."""
         pixels = images.permute(0, 3, 1, 2).float() / 255
-        return self.model((pixels - self.mean) / self.std)
+        inputs = (pixels - self.mean) / self.std
+        if not self.mirrored:
+            return self.model(inputs)
+        return (self.model(inputs) + self.model(inputs.flip(-1))) / 2
 
 
 def export_model(
@@ -74,13 +80,17 @@ def export_model(
         OSError: the file could not be written.
     """
     choose("format", format, FORMATS)
-    network = PixelsToLogits(model, card["mean"], card["std"])
+    mirrored = bool(card.get("config", {}).get("tta"))
+    network = PixelsToLogits(model, card["mean"], card["std"], mirrored)
     to_bytes, to_function = (onnx_bytes, run_onnx) if format == "onnx" else (torch_bytes, run_torch)
     example = torch.zeros(2, *images.shape[1:], dtype=torch.uint8)
     content = to_bytes(network, example, metadata_of(card))
     answer = to_function(content)
     with torch.inference_mode():
-        expected = model(normalize(images, card["mean"], card["std"])).numpy()
+        inputs = normalize(images, card["mean"], card["std"])
+        expected = model(inputs).numpy()
+        if mirrored:
+            expected = (expected + model(inputs.flip(-1)).numpy()) / 2
     batches = np.split(images, np.cumsum(BATCHES))
     found = np.concatenate([answer(batch) for batch in batches])
     difference = float(np.abs(found - expected).max())
@@ -99,6 +109,7 @@ def metadata_of(card: dict) -> dict[str, str]:
         "model": card["model"],
         "classes": json.dumps(card["classes"]),
         "input": f"images: uint8 (N, {size}, {size}, 3), RGB; the normalisation is inside",
+        "mirror images": "averaged inside" if card.get("config", {}).get("tta") else "not used",
         "output": f"logits: float32 (N, {len(card['classes'])}); softmax makes them probabilities",
     }
 

@@ -156,6 +156,15 @@ def unlocked_on_error(folder: str | Path) -> Iterator[None]:
         raise
 
 
+@contextlib.contextmanager
+def unlocked_after(folder: str | Path) -> Iterator[None]:
+    """Let others have a run folder when this block is left."""
+    try:
+        yield
+    finally:
+        unlock_folder(folder)
+
+
 def reason(error: Exception) -> str:
     """An error in one line; one of the operating system says which file, and why."""
     if isinstance(error, OSError) and error.filename and error.strerror:

@@ -24,6 +24,7 @@ from data import make_loaders
 from files import reason
 from models import MODELS
 from run import (
+    check_own_weights,
     execute,
     make_card,
     make_scheduler,
@@ -40,10 +41,11 @@ from run import (
 )
 from sources import load_split
 from sources.folder import read_image
-from training.guards import Stopped
+from training.guards import Stopped, signals_noted
 from training.loops import fit_model, predict, test, train
 from training.lr_finder import find_lr
 from training.optim import make_optimizer, one_cycle
+from training.progress import unfailing_output
 from utils import choose, name_of, pick_precision
 from weights_file import DEFAULT_WEIGHTS, load_weights
 
@@ -81,9 +83,10 @@ def train_command(argv: list[str]) -> None:
         f"       main.py COMMAND --help  {others}"
     )
     config = parse_config(argv, usage=usage)
-    with bad_input_refused():
-        ready = prepare(config)
-    execute(config, *ready)
+    with signals_noted():
+        with bad_input_refused():
+            ready = prepare(config)
+        execute(config, *ready)
 
 
 def find_lr_command(argv: list[str]) -> None:
@@ -93,7 +96,8 @@ def find_lr_command(argv: list[str]) -> None:
     config = parse_config(argv, "main.py find-lr")
     with bad_input_refused():
         device, loaders, model, optimizer, folder = prepare(config)
-    found = range_test(config, device, loaders, model, optimizer, folder)
+    with signals_noted():
+        found = range_test(config, device, loaders, model, optimizer, folder)
     save_figure(plot_lr_finder(found, config.lr_rule), folder / "lr_finder.png")
     print(f"figure {folder / 'lr_finder.png'}")
 
@@ -107,10 +111,13 @@ def test_command(argv: list[str]) -> None:
     with bad_input_refused():
         if given.weights and given.run:
             raise ValueError(f"which weights, {given.run} or {given.weights}? give one")
-        given.weights = given.weights or given.run or DEFAULT_WEIGHTS
+        given.run = given.weights or given.run
+        given.weights = given.run or DEFAULT_WEIGHTS
         model, card, device = read_model(given)
         config = run_config(card, given)
         split, loader = test_images(config, card, device, own=given.data is None)
+    if not given.run:
+        print(f"weights {given.weights}, {config.dataset} in {config.data}")
     stats = test(model, device, loader, precision=config.precision, tta=config.tta)
     images = f"{len(split):,} images" + ", each with its mirror image" * config.tta
     number = name_of(pick_precision(config.precision, device))
@@ -131,13 +138,30 @@ def predict_command(argv: list[str]) -> None:
     given.weights = given.weights or DEFAULT_WEIGHTS
     with bad_input_refused():
         if not given.images:
-            raise ValueError("which images? give one file or more")
+            raise ValueError(
+                f"{given.weights} is taken for a run: which images? give one file or more after it"
+            )
         model, card, device = read_model(given)
-        images = np.stack([read_image(path, card["image_size"]) for path in given.images])
-    probabilities = predict_images(model, device, images, card, given.precision)
-    for path, row in zip(given.images, probabilities, strict=True):
-        best = np.argsort(-row)[: max(1, given.top)]
-        print(f"{path}:", ", ".join(f"{card['classes'][k]} {row[k]:.1%}" for k in best))
+        images, faults = read_each(given.images, card["image_size"])
+    if images:
+        stack = np.stack(list(images.values()))
+        probabilities = predict_images(model, device, stack, card, given.precision)
+        for path, row in zip(images, probabilities, strict=True):
+            best = np.argsort(-row)[: max(1, given.top)]
+            print(f"{path}:", ", ".join(f"{card['classes'][k]} {row[k]:.1%}" for k in best))
+    if faults:
+        raise ValueError("; ".join(faults))
+
+
+def read_each(paths: list[str], size: int) -> tuple[dict[str, np.ndarray], list[str]]:
+    """The images that can be read, by path, and what is wrong with the others."""
+    images, faults = {}, []
+    for path in paths:
+        try:
+            images[path] = read_image(path, size)
+        except (ValueError, OSError) as error:
+            faults.append(reason(error))
+    return images, faults
 
 
 def report_command(argv: list[str]) -> None:
@@ -149,6 +173,7 @@ def report_command(argv: list[str]) -> None:
     with bad_input_refused():
         model, card, device = read_model(given)
         config = run_config(card, given)
+        check_own_weights(folder, card)
         loaders = make_loaders(config, device)
         check_same_images(card, make_card(config, loaders), config.data)
     report_run(config, device, loaders, model, folder)
@@ -238,7 +263,8 @@ def main(argv: list[str] | None = None) -> int:
     command, rest = (argv[0], argv[1:]) if named else ("train", argv)
     try:
         choose("command", command, COMMANDS)
-        COMMANDS[command](rest)
+        with unfailing_output():
+            COMMANDS[command](rest)
     except Stopped as stop:
         print(f"main.py: {stop}; --resume continues the run", file=sys.stderr)
         return 128 + stop.number
@@ -251,7 +277,23 @@ def main(argv: list[str] | None = None) -> int:
     except (FloatingPointError, OSError) as error:
         print(f"main.py: {reason(error)}", file=sys.stderr)
         return 1
+    except (RuntimeError, MemoryError) as error:  # a worker that was killed, no memory, no compiler
+        if sys.flags.dev_mode:
+            raise
+        print(f"main.py: {first_line(error)}; python -X dev main.py shows where", file=sys.stderr)
+        return 1
     return 0
+
+
+def first_line(error: Exception) -> str:
+    """What happened, in one line, and what helps."""
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    text = lines[0].strip().rstrip(".:")
+    if "DataLoader worker" in text or "DataLoader timed out" in text:
+        text += "; --resume continues the run, with fewer --workers if memory was short"
+    elif isinstance(error, MemoryError) or "memory" in text:
+        text += "; a smaller --batch-size or --width needs less memory"
+    return text
 
 
 if __name__ == "__main__":

@@ -14,15 +14,17 @@ from torch.optim.lr_scheduler import OneCycleLR
 from torch.utils.data import DataLoader
 
 from checkpoint import Checkpoints, check_same_images, check_same_run, load_checkpoint, read_files
-from config import Config
+from config import MAY_DIFFER, Config
 from data import Loaders, dataset_of, make_loader, make_loaders
-from files import lock_folder, unlocked_on_error, write_whole
+from files import lock_folder, unlocked_after, unlocked_on_error, write_whole
 from models import make_model
 from sources import load_split
 from sources.split import Split
+from training.guards import signals_noted
 from training.loops import fit_model, predict
 from training.lr_finder import LRFinderResult, find_lr, read_finder
 from training.optim import make_optimizer, one_cycle
+from training.progress import unfailing_output, watched
 from transforms import normalize, test_transform
 from utils import History, environment, get_device, name_of, pick_precision, seed_everything, summarize
 from weights_file import load_weights
@@ -89,10 +91,14 @@ def open_run(config: Config, device: torch.device, loaders: Loaders, model: nn.M
     before = {}
     with contextlib.suppress(OSError, ValueError):  # absent or damaged: written anew below
         before = json.loads(path.read_text(encoding="utf-8"))
+    if not isinstance(before, dict):
+        before = {}
     if any(before.get(name) != value for name, value in config.identity.items()):
         (folder / "lr_finder.json").unlink(missing_ok=True)  # of another run, which left no checkpoint
     write_whole(path, json.dumps(asdict(config), indent=1))
-    if not (folder / "environment.json").exists():  # of where the run began
+    try:
+        read_files(folder, "environment.json")  # of where the run began
+    except ValueError:
         write_whole(folder / "environment.json", json.dumps(environment(device), indent=1))
     write_whole(folder / "summary.txt", summarize(model, config.image_size))
     dtype = name_of(pick_precision(config.precision, device))
@@ -100,11 +106,23 @@ def open_run(config: Config, device: torch.device, loaders: Loaders, model: nn.M
     return folder
 
 
+# What a run writes before it trains: a folder with nothing else may be begun anew.
+BEGINNING = {
+    "config.json",
+    "environment.json",
+    "summary.txt",
+    "lr_finder.json",
+    "lr_finder.png",
+    ".lock",
+}
+
+
 def claim_folder(config: Config) -> Path:
     """A folder that no other run has: `config.output`, or a new one named after model, data and time."""
     if config.output:
         folder = Path(config.output)
-        if not config.resume and folder.exists() and any(folder.iterdir()):
+        begun = {path.name for path in folder.iterdir()} if folder.exists() else set()
+        if not config.resume and begun - BEGINNING:
             raise ValueError(f"output {folder} is there already; --resume it, or choose another")
         folder.mkdir(parents=True, exist_ok=True)
         return folder
@@ -126,24 +144,28 @@ def execute(
     optimizer: torch.optim.Optimizer,
     folder: Path,
 ) -> Path:
-    """Find the rate, train, and report, in a run folder that is open."""
-    found = None
-    if config.lr is None:
-        found = range_test(config, device, loaders, model, optimizer, folder)
-    scheduler = make_scheduler(config, loaders, optimizer, found)
-    fit_model(
-        model,
-        device,
-        loaders.train,
-        loaders.test,
-        optimizer,
-        scheduler,
-        config.epochs,
-        val_loader=loaders.validation,
-        checkpoints=Checkpoints(folder, make_card(config, loaders), **config.checkpoint_options),
-        **config.fit_options,
-    )
-    report_run(config, device, loaders, model, folder)
+    """Find the rate, train, and report, in a run folder that is open; then others may use it.
+
+    SIGINT and SIGTERM raise `Stopped`, whatever is under way.
+    """
+    with unfailing_output(), signals_noted(), unlocked_after(folder):
+        found = None
+        if config.lr is None:
+            found = range_test(config, device, loaders, model, optimizer, folder)
+        scheduler = make_scheduler(config, loaders, optimizer, found)
+        fit_model(
+            model,
+            device,
+            loaders.train,
+            loaders.test,
+            optimizer,
+            scheduler,
+            config.epochs,
+            val_loader=loaders.validation,
+            checkpoints=Checkpoints(folder, make_card(config, loaders), **config.checkpoint_options),
+            **config.fit_options,
+        )
+        report_run(config, device, loaders, model, folder)
     return folder
 
 
@@ -162,6 +184,8 @@ def range_test(
     kept = read_finder(folder) if config.resume else None
     if kept:
         return kept
+    if not watched():
+        print("range test: up to 100 steps at rising rates", flush=True)
     found = find_lr(
         model,
         device,
@@ -272,9 +296,17 @@ def read_runs(folders: list[str]) -> dict[str, tuple[Config, History, str]]:
     Raises:
         ValueError: fewer than two folders, or one that is no run folder or has no epoch yet.
     """
-    paths = list(dict.fromkeys(map(Path, folders)))
+    paths, faults = [], []
+    for path in dict.fromkeys(map(Path, folders)):
+        try:
+            read_files(path, "config.json", "history.json")
+            paths.append(path)
+        except ValueError as error:
+            faults.append(str(error))
     if len(paths) < 2:
-        raise ValueError(f"compare needs two runs or more, not {len(paths)}")
+        raise ValueError("; ".join([f"compare needs two runs or more, not {len(paths)}", *faults]))
+    for fault in faults:
+        print(f"left out: {fault}")
     names = [path.resolve().name for path in paths]
     runs = {}
     for path, name in zip(paths, names, strict=True):
@@ -285,6 +317,19 @@ def read_runs(folders: list[str]) -> dict[str, tuple[Config, History, str]]:
         label = name if names.count(name) == 1 else str(path)
         runs[label] = config, history, parameters
     return runs
+
+
+def check_own_weights(folder: Path, card: dict) -> None:
+    """Refuse a run folder that holds another run's weights.
+
+    Raises:
+        ValueError: the settings that differ are named, or a file of the run is not what it must be.
+    """
+    config, _ = read_files(folder, "config.json", "history.json")
+    ours = {name: value for name, value in config.identity.items() if name not in MAY_DIFFER}
+    other = [name for name, value in ours.items() if card["config"].get(name, value) != value]
+    if other:
+        raise ValueError(f"the weights in {folder} are another run's: they differ in {', '.join(other)}")
 
 
 def read_model(given: argparse.Namespace) -> tuple[nn.Module, dict, torch.device]:

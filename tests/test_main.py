@@ -1,9 +1,13 @@
 import copy
+import errno
+import io
 import itertools
 import json
 import math
 import re
 import shutil
+import subprocess
+import sys
 from hashlib import sha256
 from pathlib import Path
 
@@ -21,7 +25,7 @@ import models
 import run
 import sources
 import utils
-from checkpoint import Checkpoints
+from checkpoint import Checkpoints, load_checkpoint
 from config import Config, parse_config
 from data import make_loader
 from sources import cifar10
@@ -390,9 +394,10 @@ def test_label_smoothing_reaches_the_loss(loaders):
 def test_fit_prints_one_head_and_one_row_an_epoch(loaders, capsys):
     fit(loaders, epochs=3)
     lines = capsys.readouterr().out.splitlines()
-    heads = "epoch lr train loss acc test loss acc seconds images/s"
+    heads = "epoch lr train loss acc test loss acc seconds images/s left"
     assert " ".join(lines[0].split()) == heads
-    assert [line.split()[0] for line in lines[1:]] == ["1", "2", "3"]
+    assert [line.split()[0] for line in lines[1:]] == ["1/3", "2/3", "3/3"]
+    assert lines[-1].endswith(" 0:00")
     assert len({len(line) for line in lines}) == 1
 
 
@@ -402,6 +407,66 @@ def test_with_a_validation_set_the_test_set_is_looked_at_once_at_the_end(loaders
     assert all(row.val_accuracy is not None for row in history.epochs)
     lines = capsys.readouterr().out.splitlines()
     assert "val loss" in lines[0] and len({len(line) for line in lines}) == 1
+
+
+class Full(io.StringIO):
+    """A stream on a disk that is full."""
+
+    def write(self, text):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+
+def test_output_that_cannot_be_written_ends_no_training(loaders, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "stdout", Full())
+    model, history = fit(loaders)
+    assert len(history.epochs) == 2
+    assert "output is lost from here on: No space left on device" in capsys.readouterr().err
+
+
+def test_a_command_whose_output_is_a_full_device_ends_well(tmp_path):
+    command = [sys.executable, "main.py", *SMOKE, "--output", str(tmp_path / "r")]
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(
+            command, stdout=full, stderr=subprocess.PIPE, cwd=Path(main.__file__).parent, text=True
+        )
+    assert done.returncode == 0 and "output is lost" in done.stderr
+    assert (tmp_path / "r" / "report.md").exists()
+
+
+@pytest.mark.parametrize("trouble", ["a file in the folder's place", "writes that fail"])
+def test_events_that_cannot_be_written_end_no_training(loaders, tmp_path, monkeypatch, capsys, trouble):
+    if trouble == "writes that fail":
+        from training import progress
+
+        def fail(*arguments):
+            raise OSError("no space")
+
+        monkeypatch.setattr(progress, "write_events", fail)
+    else:
+        (tmp_path / "tensorboard").touch()
+    _, history = fit(loaders, checkpoints=tmp_path)
+    assert len(history.epochs) == 2
+    assert capsys.readouterr().out.count("warning: no TensorBoard events from here on") == 1
+
+
+def test_a_resumed_run_prints_its_head_again(loaders, tmp_path, capsys):
+    fit(loaders, epochs=2, checkpoints=tmp_path)
+    state = load_checkpoint(tmp_path / "checkpoints")
+    newest = max((tmp_path / "checkpoints").glob("*.ckpt"))
+    newest.unlink()
+    assert state["epoch_state"]["epoch"] == 3
+    capsys.readouterr()
+    fit(loaders, epochs=2, checkpoints=Checkpoints(tmp_path, resume=True))
+    printed = capsys.readouterr().out.splitlines()
+    assert printed[-2].split()[0] == "epoch" and printed[-1].split()[0] == "2/2"
+
+
+def test_where_nobody_watches_a_long_epoch_says_how_far_it_is(loaders, monkeypatch, capsys):
+    from training import progress
+
+    monkeypatch.setattr(progress, "QUIET", 0.0)
+    fit(loaders, epochs=1)
+    assert "epoch 1: 2 of 6 batches done" in capsys.readouterr().out
 
 
 def test_a_loss_that_is_not_finite_stops_training_before_the_update(loaders):

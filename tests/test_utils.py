@@ -1,4 +1,5 @@
 import copy
+import itertools
 import json
 import math
 import platform
@@ -199,7 +200,14 @@ def test_a_plain_dataloader_works_too(tiny):
 
 
 def test_a_failure_in_mid_test_leaves_the_model_as_it_was(tiny):
-    dataset = TensorDataset(torch.randn(64, 3, 32, 32), torch.full((64,), 10))  # no such class
+    dataset = TensorDataset(torch.randn(64, 3, 32, 32), torch.full((64,), 3))
+    calls = itertools.count()
+
+    def fail(module, inputs):
+        if module.training and next(calls) == 3:
+            raise IndexError
+
+    tiny.register_forward_pre_hook(fail)
     before, state = copy.deepcopy(tiny.state_dict()), np.random.get_state()[1].copy()
     with pytest.raises(IndexError):
         find_lr(tiny, CPU, DataLoader(dataset, 16), make_optimizer("adam", tiny), steps=20)
@@ -214,6 +222,15 @@ def curve(count=100, lowest=60, bottom=1.0):
     losses[20:lowest] = np.linspace(2.3, bottom, lowest - 20)
     losses[lowest:] = np.linspace(bottom, 5, count - lowest)
     return lrs.tolist(), losses.tolist()
+
+
+def test_a_loss_that_still_falls_at_the_end_of_the_range_has_no_minimum(capsys):
+    lrs = np.logspace(-5, 1, 100)
+    losses = np.full(100, 2.3)
+    losses[40:] = np.linspace(2.3, 0.1, 60)
+    found = suggest_lrs(lrs.tolist(), losses.tolist())
+    assert found["minimum"] == found["minimum_over_ten"] == found["valley"] < 0.5
+    assert "still fell at 10, the end of the range" in capsys.readouterr().out
 
 
 def test_each_rule_reads_the_curve_as_its_name_says():

@@ -40,8 +40,8 @@ from training.inputs import (
     warn_if_shuffled,
     whole_number,
 )
-from training.optim import Scheduler, averaging, copy_of
-from training.progress import event_log, make_row, print_row, progress
+from training.optim import Scheduler, averaging, ema_copy
+from training.progress import make_row, progress, training_log
 from utils import (
     EpochState,
     History,
@@ -337,7 +337,7 @@ def fit_model(  # noqa: PLR0913
         checkpoints = Checkpoints(checkpoints)
     check_training(model, train_loader, optimizer, None if checkpoints.resume else scheduler, epochs)
     check_evaluation(model, device, settings.precision, val_loader, test_loader)
-    ema_model = copy_of(model) if ema_decay else None
+    ema_model = ema_copy(model) if ema_decay else None
     state = TrainState(model, optimizer, scheduler, make_scaler(device, settings.precision), ema_model)
     unchanging = {"epochs": epochs, "ema_decay": ema_decay}
     unchanging |= resumable(settings, length_of(train_loader))
@@ -347,7 +347,7 @@ def fit_model(  # noqa: PLR0913
     with (
         signals_noted() as signals,
         checkpoints.start(state.parts, unchanging, device, check, draws),
-        event_log(checkpoints.run, checkpoints.history) as update_events,
+        training_log(checkpoints.run, checkpoints.history, epochs) as show,
         averaging(optimizer, model, state.evaluated, ema_decay, lambda: checkpoints.steps),
     ):
         try:
@@ -360,9 +360,7 @@ def fit_model(  # noqa: PLR0913
                 row = make_row(epoch_state, stats, time.perf_counter() - start)
                 with signals.held():
                     checkpoints.end_epoch(row)
-                print_row(row, header=len(checkpoints.history.epochs) == 1)
-                if checkpoints.failure is None:
-                    update_events()  # which are a view of the history
+                show(row, checkpoints.failure is None)
         except Stopped:
             with signals.held():
                 checkpoints.save()

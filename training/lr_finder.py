@@ -1,7 +1,6 @@
 """The LR-range test, and the rules that read a learning rate from it."""
 
 import contextlib
-import copy
 import functools
 import io
 import itertools
@@ -19,7 +18,9 @@ from torch import nn
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from training.optim import scale_rates
+from data import random_state, set_random_state
+from training.inputs import check_evaluation, check_training, whole_number
+from training.optim import copy_of, scale_rates
 from utils import check_numbers, keep_freed_memory, make_scaler, pick_precision, random_state_kept
 
 
@@ -68,7 +69,8 @@ def find_lr(  # noqa: PLR0913
 ) -> LRFinderResult:
     """Run the LR-range test (Smith, arXiv:1506.01186): raise the rate each step, watch the loss.
 
-    It trains copies, so model, optimizer, loader and random state stay as they were.
+    It trains copies, so model, optimizer, loader and random state stay as they were, and what the
+    caller froze is frozen in the copies too.
 
     Args:
         start_lr, end_lr: first and last rate; the test ends early when the loss is 5 times its least.
@@ -77,21 +79,24 @@ def find_lr(  # noqa: PLR0913
         label_smoothing: as in training.
 
     Raises:
-        ValueError: the range is empty, or fewer than 17 steps had a finite loss.
+        ValueError: the range is empty, fewer than 17 steps had a finite loss, or what `train` refuses.
     """
     if not 0 < start_lr < end_lr < math.inf:
         raise ValueError(f"start_lr must be positive and under end_lr, not {start_lr} and {end_lr}")
-    device = torch.device(device)
+    check_training(model, train_loader, optimizer)
+    device, steps = torch.device(device), whole_number("steps", steps, 1)
     keep_freed_memory(device)
     dtype = pick_precision(precision, device)
     # As in training: the layout moves the numbers.
     model.to(device).to(memory_format=torch.channels_last)
-    model, optimizer = copy.deepcopy((model, optimizer))  # together: the copy updates the copy
+    check_evaluation(model, device, dtype, train_loader)
+    model, optimizer = copy_of((model, optimizer), model)  # together: the copy updates the copy
+    keep_frozen(model)
     for group in optimizer.param_groups:
         group.pop("initial_lr", None)  # a scheduler's mark, at which the library refuses to run
     scale_rates(optimizer)
     sampler = getattr(train_loader, "sampler", None)
-    epoch = getattr(sampler, "epoch", None)
+    epoch, draws = getattr(sampler, "epoch", None), random_state(train_loader)
     with random_state_kept(device), contextlib.redirect_stdout(io.StringIO()):
         torch.manual_seed(0)
         finder = import_lr_finder().LRFinder(
@@ -106,10 +111,19 @@ def find_lr(  # noqa: PLR0913
         try:
             finder.range_test(train_loader, start_lr=start_lr, end_lr=end_lr, num_iter=steps, smooth_f=0)
         finally:
+            set_random_state(train_loader, draws)
             if sampler is not None and epoch is not None:
                 sampler.set_epoch(epoch)
     lrs, losses = finder.history["lr"], finder.history["loss"]
     return LRFinderResult(lrs, losses, suggest_lrs(lrs, losses))
+
+
+def keep_frozen(model: nn.Module) -> None:
+    """Let a call of `model.train()`, as the library makes before each step, leave frozen parts alone."""
+    if model.training:
+        for module in model.modules():
+            if not module.training:
+                vars(module)["train"] = lambda mode=True, module=module: module
 
 
 def import_lr_finder() -> ModuleType:
@@ -141,6 +155,7 @@ def suggest_lrs(lrs: list[float], losses: list[float]) -> dict[str, float]:
             f"the loss of the range test never fell: {curve[0]:.3g} at a rate of {rates[0]:.2g}, "
             f"at best {curve[lowest]:.3g}; give a rate, or look at the data"
         )
+    still_falling = len(finite) == len(losses) and lowest >= len(curve) - 3
     # What comes after the minimum is divergence: no rule looks there.
     curve, rates = curve[: lowest + 1], rates[: lowest + 1]
     slope = np.gradient(curve, np.log(rates))
@@ -152,6 +167,12 @@ def suggest_lrs(lrs: list[float], losses: list[float]) -> dict[str, float]:
         "minimum_over_ten": rates[lowest] / 10,
         "minimum": rates[lowest],
     }
+    if still_falling:
+        print(
+            f"range test: the loss still fell at {lrs[-1]:.3g}, the end of the range, so there is no "
+            f"minimum; rules that look for one take the valley's rate, {chosen['valley']:.3g}"
+        )
+        chosen |= dict.fromkeys(("minimum_over_ten", "minimum"), chosen["valley"])
     return {rule: float(rate) for rule, rate in chosen.items()}
 
 

@@ -4,7 +4,7 @@ import contextlib
 import copy
 import math
 import operator
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -30,25 +30,33 @@ class Scheduler(Protocol):
         """One update is done."""
 
 
-def copy_of(model: nn.Module, *more: Any) -> Any:
-    """A copy of a model, with `more` that belongs to it as a tuple; integer buffers are shared.
+def ema_copy(model: nn.Module) -> nn.Module:
+    """A copy of a model to hold the average of its weights; integer buffers are shared."""
+    counts = [x for x in model.buffers() if not x.is_floating_point() and not x.is_complex()]
+    return copy_of(model, model, counts)
 
-    Tensors that a module keeps of its last forward pass, as old weight norms do, cannot be copied: they
-    are shared, too, until the next forward pass makes others.
+
+def copy_of(parts: Any, model: nn.Module, shared: Sequence[torch.Tensor] = ()) -> Any:
+    """A copy of what belongs together, such as a model and its optimizer.
+
+    Args:
+        model: of the parts. Tensors that a module keeps of its last forward pass, as old weight norms
+            do, cannot be copied: the copy has their values until its next forward pass.
+        shared: tensors that the copy has in common with the original.
 
     Raises:
         ValueError: it cannot be copied.
     """
-    shared = {id(x): x for x in model.buffers() if not x.is_floating_point() and not x.is_complex()}
+    memory = {id(x): x for x in shared}
     for module in model.modules():
         own = [x for x in vars(module).values() if isinstance(x, torch.Tensor)]
-        shared |= {id(x): x.detach() for x in own if not x.is_leaf}
+        memory |= {id(x): x.detach() for x in own if not x.is_leaf}
     try:
-        return copy.deepcopy((model, *more) if more else model, shared)
+        return copy.deepcopy(parts, memory)
     except (RuntimeError, TypeError) as error:
         reason = str(error).splitlines()[0]
         raise ValueError(
-            f"the model cannot be copied, as an average or a range test must ({reason})"
+            f"the model cannot be copied, as averages and range tests do ({reason})"
         ) from None
 
 

@@ -3,37 +3,56 @@
 import contextlib
 import itertools
 import math
+import os
 import shutil
+import statistics
 import sys
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from tqdm import tqdm
 
 from data import BatchLoader, EpochSampler
 from training.guards import LR_HINT
+from training.inputs import length_of
 from utils import Epoch, EpochState, History, Stats
 
 if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
 
 
-def progress(loader: BatchLoader, epoch_state: EpochState) -> tqdm:
-    """The batches that an epoch has left; in a terminal and in Colab behind a transient bar."""
+QUIET = 60.0  # seconds without a word, where output is no terminal
+
+
+def watched() -> bool:
+    """Whether somebody sees a bar move: in a terminal, and in Colab."""
+    return sys.stdout.isatty() or "google.colab" in sys.modules
+
+
+def progress(loader: BatchLoader, epoch_state: EpochState) -> Iterator[Any]:
+    """The batches that an epoch has left, behind a transient bar, or with a line a minute."""
     # Our sampler starts at the right batch; of another loader the batches done are passed over.
     ours = isinstance(getattr(loader, "sampler", None), EpochSampler)
-    watched = sys.stdout.isatty() or "google.colab" in sys.modules
-    return tqdm(
-        itertools.islice(loader, 0 if ours else epoch_state.steps, None),
-        f"epoch {epoch_state.epoch}",
-        len(loader),
-        initial=epoch_state.steps,
-        leave=False,
-        file=sys.stdout,
-        disable=not watched,
-        mininterval=0.5,
+    batches = itertools.islice(loader, 0 if ours else epoch_state.steps, None)
+    name, total = f"epoch {epoch_state.epoch}", length_of(loader)
+    if not watched():
+        yield from told(batches, name, epoch_state.steps, total)
+        return
+    yield from tqdm(
+        batches, name, total, initial=epoch_state.steps, leave=False, file=sys.stdout, mininterval=0.5
     )
+
+
+def told(batches: Iterator[Any], name: str, done: int, total: int | None) -> Iterator[Any]:
+    """The batches, with a line about every minute."""
+    since = time.monotonic()
+    for count, batch in enumerate(batches, done):
+        if time.monotonic() - since > QUIET:
+            print(f"{name}: {count} of {total or 'unknown'} batches done", flush=True)
+            since = time.monotonic()
+        yield batch
 
 
 def make_row(epoch_state: EpochState, stats: dict[str, Stats], seconds: float) -> Epoch:
@@ -53,55 +72,133 @@ def make_row(epoch_state: EpochState, stats: dict[str, Stats], seconds: float) -
     )
 
 
-def print_row(row: Epoch, header: bool) -> None:
-    """One line of the training table, after its head if `header`."""
+def print_row(row: Epoch, epochs: int, header: bool, left: float) -> None:
+    """One line of the training table, after its head if `header`; `left` seconds are still to go."""
     stats = row.stats()
     if header:
         heads = "".join(f"{part + ' loss':>12}{'acc':>8}" for part in row.parts)
-        print(f"{'epoch':>5}{'lr':>11}{heads}{'seconds':>9}{'images/s':>10}")
+        print(f"{'epoch':>7}{'lr':>11}{heads}{'seconds':>9}{'images/s':>10}{'left':>9}")
     cells = [
         f"{stats[part].loss:>12.4f}{stats[part].accuracy:>8.2%}" if part in stats else f"{'':>20}"
         for part in row.parts
     ]
-    times = f"{row.seconds:>9.1f}{row.images_per_second:>10,.0f}"
-    print(f"{row.epoch:>5}{row.lr:>11.3g}{''.join(cells)}{times}", flush=True)
+    times = f"{row.seconds:>9.1f}{row.images_per_second:>10,.0f}{clock(left):>9}"
+    print(f"{f'{row.epoch}/{epochs}':>7}{row.lr:>11.3g}{''.join(cells)}{times}", flush=True)
+
+
+def clock(seconds: float) -> str:
+    """A time such as 2:05 (minutes and seconds) or 1:02:05."""
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes // 60}:{minutes % 60:02}:{rest:02}" if minutes >= 60 else f"{minutes}:{rest:02}"
+
+
+class UnfailingOutput:
+    """A stream whose writes never fail: once one does, what follows goes nowhere, and stderr says so.
+
+    A full disk under a log, or a reader that is gone, must not end a training.
+    """
+
+    def __init__(self, stream: Any):
+        self.stream = stream
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.stream, name)
+
+    def write(self, text: str) -> int:
+        """Write, or give up writing."""
+        self.attempt(self.stream.write, text)
+        return len(text)
+
+    def flush(self) -> None:
+        """Flush, or give up writing."""
+        self.attempt(self.stream.flush)
+
+    def attempt(self, call: Callable, *arguments: Any) -> None:
+        """Call, and on an error send the stream, and what it still holds, to nowhere."""
+        try:
+            call(*arguments)
+        except OSError as error:
+            with contextlib.suppress(OSError, ValueError):
+                if not isinstance(error, BrokenPipeError):  # whose reader has seen enough, as `head` has
+                    print(f"output is lost from here on: {error.strerror or error}", file=sys.stderr)
+            with contextlib.suppress(OSError, ValueError):
+                nowhere = os.open(os.devnull, os.O_WRONLY)
+                os.dup2(nowhere, self.stream.fileno())
+                os.close(nowhere)
 
 
 @contextlib.contextmanager
-def event_log(folder: Path | None, history: History) -> Iterator[Callable[[], None]]:
-    """A function that brings a run folder's TensorBoard events, if there is one, up to date.
+def unfailing_output() -> Iterator[None]:
+    """Let no print end what runs in this block."""
+    with contextlib.redirect_stdout(UnfailingOutput(sys.stdout)):
+        yield
+        sys.stdout.flush()
 
-    They are written anew when a run is continued: what a killed run left may lack some or have more.
+
+@contextlib.contextmanager
+def training_log(
+    folder: Path | None, history: History, epochs: int
+) -> Iterator[Callable[[Epoch, bool], None]]:
+    """A function that shows a row of the history and, if its second argument is true, writes events.
+
+    The TensorBoard events of a run folder are a view of the history, and are written anew when a run is
+    continued: what a killed run left may lack some or have more. Neither they nor a print can end a
+    training: the first failure of the events is told, and they are left alone from then on.
     """
-    writers: list[SummaryWriter] = []
+    events: list[Callable[[], None]] = []
+    stack = contextlib.ExitStack()
+    rows, broken = 0, False
+
+    def show(row: Epoch, write: bool = True) -> None:
+        nonlocal rows, broken
+        left = statistics.median(x.seconds for x in history.epochs) * (epochs - row.epoch)
+        print_row(row, epochs, not rows, left)
+        rows += 1
+        if not write or folder is None or broken:
+            return
+        try:
+            if not events:
+                events.append(stack.enter_context(event_log(folder, history)))
+            events[0]()
+        except Exception as error:  # TensorBoard's own, and whatever its writing thread met
+            print(f"warning: no TensorBoard events from here on: {' '.join(str(error).split())}")
+            broken = True
+
+    with unfailing_output():
+        try:
+            yield show
+        finally:
+            with contextlib.suppress(Exception):  # a writer that failed fails once more as it closes
+                stack.close()
+
+
+@contextlib.contextmanager
+def event_log(folder: Path, history: History) -> Iterator[Callable[[], None]]:
+    """A function that brings a run folder's TensorBoard events up to date with the history."""
+    from torch.utils.tensorboard import SummaryWriter  # two seconds of imports
+
+    path = folder / "tensorboard"
+    shutil.rmtree(path, ignore_errors=True)
+    writer, written = SummaryWriter(path), 0
 
     def update() -> None:
-        if folder is None:
-            return
-        rows = history.epochs[-1:]
-        if not writers:
-            from torch.utils.tensorboard import SummaryWriter  # two seconds of imports
-
-            path, rows = folder / "tensorboard", history.epochs
-            shutil.rmtree(path, ignore_errors=True)
-            writers.append(SummaryWriter(path))
-        for row in rows:
-            write_events(
-                writers[0], row, history.lrs[: row.epoch * len(history.lrs) // len(history.epochs)]
-            )
+        nonlocal written
+        steps = len(history.lrs) // len(history.epochs)
+        for row in history.epochs[written:]:
+            write_events(writer, row, history.lrs[(row.epoch - 1) * steps : row.epoch * steps])
+        written = len(history.epochs)
 
     try:
         yield update
     finally:
-        for writer in writers:
-            writer.close()
+        writer.close()
 
 
 def write_events(writer: "SummaryWriter", row: Epoch, lrs: list[float]) -> None:
-    """One epoch's numbers, and the rate of each of its steps, which are the last of `lrs`."""
+    """One epoch's numbers, and the rate of each of its steps."""
     for part, stats in row.stats().items():
         for metric, value in stats._asdict().items():
             writer.add_scalar(f"{metric}/{part}", value, row.epoch)
-    for step in range(len(lrs) - len(lrs) // row.epoch, len(lrs)):
-        writer.add_scalar("lr", lrs[step], step)
+    for step, lr in enumerate(lrs, (row.epoch - 1) * len(lrs)):
+        writer.add_scalar("lr", lr, step)
     writer.flush()

@@ -1,0 +1,158 @@
+"""A run from the command line, stopped and continued, without and with what is in the way."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import main
+import run
+from files import lock_folder, unlock_folder
+from utils import History
+
+ROOT = Path(main.__file__).parent
+SMALL = (
+    "--dataset cifar10-sample --width 4 --batch-size 64 --max-train-batches 3 --max-test-batches 2 "
+    "--precision fp32"
+).split()
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """The folder of a run of two epochs, with a seed of its own."""
+    folder = tmp_path_factory.mktemp("runs") / "small"
+    assert (
+        main.main([*SMALL, "--lr", "0.01", "--epochs", "2", "--seed", "7", "--output", str(folder)]) == 0
+    )
+    return folder
+
+
+@pytest.fixture
+def stopped(finished, tmp_path):
+    """A copy of it that stands after its first epoch."""
+    folder = tmp_path / "r"
+    shutil.copytree(finished, folder)
+    for path in sorted((folder / "checkpoints").glob("*.ckpt"))[1:]:
+        path.unlink()
+    return folder
+
+
+def test_a_run_resumes_by_its_folder_alone(finished, stopped):
+    assert main.main(["--resume", "--output", str(stopped)]) == 0
+    config = json.loads((stopped / "config.json").read_text())
+    assert (config["seed"], config["width"], config["lr"], config["epochs"]) == (7, 4, 0.01, 2)
+    ours, theirs = History.load(stopped), History.load(finished)
+    assert ours.lrs == theirs.lrs
+    assert [row.test_loss for row in ours.epochs] == [row.test_loss for row in theirs.epochs]
+
+
+def test_all_that_differs_from_the_run_is_named_at_once_and_nothing_is_fetched(
+    stopped, monkeypatch, capsys
+):
+    monkeypatch.setattr(run, "make_loaders", lambda *arguments: pytest.fail("the data was loaded"))
+    before = (stopped / "config.json").read_bytes()
+    flags = ["--recipe", "quick", "--seed", "3", "--dataset", "cifar10"]
+    with pytest.raises(SystemExit) as caught:
+        main.main([*flags, "--resume", "--output", str(stopped)])
+    printed = capsys.readouterr().err
+    assert caught.value.code == 2 and printed.count("\n") == 1
+    for words in ("width 4, not 16", "epochs 2, not 10", "seed 7, not 3", "dataset cifar10-sample"):
+        assert words in printed
+    assert before == (stopped / "config.json").read_bytes()
+
+
+def test_flags_that_say_the_same_and_where_the_data_lies_may_be_given(stopped):
+    assert (
+        main.main([*SMALL, "--seed", "7", "--data", "elsewhere", "--resume", "--output", str(stopped)])
+        == 0
+    )
+
+
+def test_a_machine_file_that_is_damaged_is_written_anew(stopped):
+    (stopped / "environment.json").write_text("")
+    assert main.main(["--resume", "--output", str(stopped)]) == 0
+    assert "machine" in json.loads((stopped / "environment.json").read_text())
+
+
+@pytest.mark.parametrize("text", ["[]", "null", "[" * 10**6, "{}x", '{"made_up": 1}'])
+def test_a_damaged_configuration_is_named_and_refused(stopped, text, capsys):
+    (stopped / "config.json").write_text(text)
+    with pytest.raises(SystemExit):
+        main.main(["--resume", "--output", str(stopped)])
+    printed = capsys.readouterr().err
+    assert printed.count("\n") == 1 and ("config.json is not" in printed or "made_up" in printed)
+
+
+def test_another_runs_weights_make_no_report(stopped, tmp_path, capsys):
+    other = tmp_path / "other"
+    main.main([*SMALL, "--lr", "0.02", "--epochs", "1", "--output", str(other)])
+    shutil.copy(other / "weights.safetensors", stopped)
+    assert main.main(["report", str(stopped)]) == 2
+    assert "are another run's: they differ in epochs, lr, seed" in capsys.readouterr().err
+
+
+def start(*flags, cwd=ROOT):
+    """A run in a process of its own, whose output can be read line by line."""
+    return subprocess.Popen(
+        [sys.executable, "-u", "main.py", *SMALL, *flags],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        cwd=cwd,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+    )
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_a_signal_in_the_range_test_ends_it_with_one_line_and_the_same_command_starts_again(
+    tmp_path, number, code
+):
+    flags = ["--width", "32", "--epochs", "1", "--output", str(tmp_path / "r")]
+    process = start(*flags)
+    while not process.stdout.readline().startswith("range test"):
+        pass
+    process.send_signal(number)
+    _, errors = process.communicate(timeout=30)
+    assert process.returncode == code
+    assert errors == f"main.py: stopped by {number.name}; --resume continues the run\n"
+    again = start(*flags, "--lr", "0.01", "--max-train-batches", "1")
+    printed, errors = again.communicate(timeout=120)
+    assert again.returncode == 0, errors
+    assert "test accuracy" in printed
+
+
+def test_a_second_process_is_refused_until_the_report_is_written(tmp_path, monkeypatch):
+    seen = []
+    code = f"from files import lock_folder; lock_folder({str(tmp_path / 'r')!r})"
+
+    def look(*arguments):
+        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+        seen.append(done.stderr)
+
+    monkeypatch.setattr(run, "report_run", look)
+    main.main([*SMALL, "--lr", "0.01", "--epochs", "1", "--output", str(tmp_path / "r")])
+    assert f"is in use by process {os.getpid()}" in seen[0]
+    assert lock_folder(tmp_path / "r")  # which is free again
+    unlock_folder(tmp_path / "r")
+
+
+def test_a_killed_worker_or_short_memory_is_one_line(monkeypatch, capsys):
+    for text, cure in {
+        "DataLoader worker (pid 7) is killed by signal: Killed. \nmore": "--resume continues the run",
+        "DefaultCPUAllocator: can't allocate memory: you tried to allocate": "smaller --batch",
+        "no C++ compiler\nlong explanation": "python -X dev main.py shows where",
+    }.items():
+
+        def fail(argv, text=text):
+            raise RuntimeError(text)
+
+        monkeypatch.setitem(main.COMMANDS, "train", fail)
+        assert main.main([]) == 1
+        printed = capsys.readouterr().err
+        assert cure in printed and printed.count("\n") == 1
