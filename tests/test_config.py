@@ -158,9 +158,3 @@ def test_digits_are_not_mirrored_unless_asked_for():
     assert Config().flip and Config(dataset="cifar100").flip and not Config(dataset="svhn").flip
     assert Config(dataset="svhn", flip=True).flip and not Config(flip=False).flip
     assert "flip" not in command_of(Config(dataset="svhn")) and "flip" not in command_of(Config())
-
-
-def test_every_choice_is_accepted():
-    for name, choices in CHOICES.items():
-        for choice in choices:
-            assert getattr(Config(**{name: choice}), name) == choice

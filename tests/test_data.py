@@ -22,7 +22,7 @@ import scipy.io
 import torch
 from albumentations.pytorch import ToTensorV2
 from PIL import ExifTags, Image, ImageOps
-from torch.utils.data import DataLoader, Dataset, get_worker_info
+from torch.utils.data import DataLoader, Dataset
 from torchvision.datasets import CIFAR10, CIFAR100, SVHN, FashionMNIST
 
 import data
@@ -842,12 +842,6 @@ def repeats(passes):
     return len(images) - len(set(images))
 
 
-def reseed(worker):
-    """The usual repair: one seed for the whole pipeline in each worker."""
-    info = get_worker_info()
-    info.dataset.compose.set_random_seed(info.seed % 2**32)
-
-
 def test_per_sample_draws_differ_across_samples_epochs_and_workers(sample):
     same = Split(np.repeat(sample.images[:1], 64, 0), np.zeros(64, int), sample.classes)
     dataset = Samples(same, train_transform(cutout=7), 8, 0, shuffle=True)
@@ -888,12 +882,6 @@ def test_the_same_check_catches_the_usual_repair(sample):
         outputs.append(BOTH_FLIPS(image=sample.images[0])["image"])
     neither, across, down, both = flips_together(outputs, sample.images[0])
     assert across == down == 0 and neither + both == 1  # every transform draws the same number
-
-
-def test_the_usual_repair_does_repair_the_workers(sample):
-    dataset = Repeated(sample.images[0], train_transform())
-    loader = DataLoader(dataset, 8, num_workers=2, worker_init_fn=reseed)
-    assert repeats([torch.cat(list(loader)) for _ in range(3)]) <= 2
 
 
 def test_both_datasets_visit_the_same_images_in_the_same_order(sample):

@@ -485,11 +485,6 @@ def test_unknown_optimizer_names_the_choices(tiny):
         main.make_optimizer("lion", tiny)
 
 
-def test_sgd_has_nesterov_momentum(tiny):
-    group = main.make_optimizer("sgd", tiny, 0.1, 5e-4).param_groups[0]
-    assert (group["nesterov"], group["momentum"], group["weight_decay"]) == (True, 0.9, 5e-4)
-
-
 @pytest.mark.parametrize("precision", utils.PRECISIONS.values(), ids=str)
 @pytest.mark.parametrize(("shape", "size"), [((8, 40), 1e-12), ((40, 8), 1e12), ((16, 16), 1.0)])
 def test_orthogonal_turns_every_singular_value_into_about_one(shape, size, precision, monkeypatch):
