@@ -1,5 +1,7 @@
 """What the tests share: no network, a small real dataset, a small network."""
 
+import functools
+import gc
 import os
 import socket
 import subprocess
@@ -15,10 +17,21 @@ import files
 import main
 import models
 import sources
+from sources import cifar10
 
 ROOT = Path(__file__).parent.parent
 
 torch.set_num_threads(1)  # quicker for networks this small, and steady on a busy machine
+
+
+def pytest_collection_finish():
+    """What is imported by now stays, and need not be looked through at every garbage collection."""
+    gc.freeze()
+
+
+def pytest_unconfigure():
+    """Triton, at its end, takes what is never collected for leaks."""
+    gc.unfreeze()
 
 
 @pytest.fixture(autouse=True)
@@ -40,6 +53,15 @@ def no_lock_outlives_its_test():
     yield
     for folder in list(files.LOCKS):
         files.unlock_folder(folder)
+
+
+@pytest.fixture(autouse=True, scope="session")
+def sample_is_decoded_once():
+    """Reading its 5,000 images takes a sixth of a second, and most tests do."""
+    load = functools.cache(lambda split, folder: cifar10.load_sample(split))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sources, "load_sample", lambda split: load(split, cifar10.SAMPLE))
+        yield
 
 
 @pytest.fixture(scope="session")
