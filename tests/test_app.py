@@ -4,8 +4,6 @@ import re
 import shutil
 import socket
 import struct
-import subprocess
-import sys
 import zlib
 from pathlib import Path
 
@@ -59,19 +57,6 @@ def picture(tmp_path, sample):
 def texts(markup):
     """The captions of some HTML."""
     return [html.unescape(text) for text in re.findall("<figcaption>(.*?)</figcaption>", markup, re.S)]
-
-
-@pytest.mark.slow
-def test_importing_the_page_is_silent_and_asks_for_no_network():
-    code = (
-        "import socket\n"
-        "def refuse(*arguments): raise SystemExit('a connection was tried')\n"
-        "socket.socket.connect = socket.getaddrinfo = refuse\n"
-        "import app"
-    )
-    command = [sys.executable, "-W", "error", "-c", code]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
 
 
 def test_a_picture_gets_the_classes_that_the_command_line_gives_it(shown, folder, picture, capsys):

@@ -892,16 +892,15 @@ def files_equal(one, other, name):
 
 
 @pytest.mark.slow
-def test_a_run_killed_in_mid_epoch_and_resumed_ends_with_the_same_files(finished, tmp_path):
+def test_a_run_killed_in_mid_epoch_and_resumed_ends_with_the_same_files(finished, tmp_path, capsys):
     process = start(tmp_path / "r")
     wait_for(lambda: newest(tmp_path / "r") >= 2)
     os.killpg(process.pid, signal.SIGKILL)
     process.communicate()
     state = load_checkpoint(tmp_path / "r/checkpoints")
     assert process.returncode == -signal.SIGKILL and 0 < state["epoch_state"]["steps"] < 16
-    again = start(tmp_path / "r", "--resume")
-    printed = again.communicate(timeout=120)[0]
-    assert again.returncode == 0 and "resumed in epoch" in printed
+    assert main.main([*SMOKE, "--output", str(tmp_path / "r"), "--resume"]) == 0
+    assert "resumed in epoch" in capsys.readouterr().out
     one, two = (utils.History.load(folder) for folder in (finished, tmp_path / "r"))
     assert one.lrs == two.lrs and [r.test_loss for r in one.epochs] == [r.test_loss for r in two.epochs]
     drawn = sorted(path.name for path in (finished / "figures").iterdir())
@@ -921,16 +920,21 @@ def test_a_range_test_is_run_once_and_again_only_for_another_run(tmp_path, monke
         assert len(calls) == expected
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_saves_and_exits_with_128_and_its_number(number, tmp_path):
-    process = start(tmp_path / "r")
-    wait_for(lambda: newest(tmp_path / "r") >= 2)
-    process.send_signal(number)
-    out, err = process.communicate(timeout=60)
-    assert process.returncode == 128 + number
-    assert err == f"main.py: stopped by {number.name}; --resume continues the run\n"
-    assert load_checkpoint(tmp_path / "r/checkpoints")["epoch_state"]["epoch"] in (1, 2, 3)
+def test_a_signal_saves_and_exits_with_128_and_its_number(number, tmp_path, monkeypatch, capsys):
+    step, count = loops.train_step, itertools.count(1)
+
+    def interrupted(*arguments, **options):
+        if next(count) == 18:  # of 16 in an epoch
+            os.kill(os.getpid(), number)
+        return step(*arguments, **options)
+
+    monkeypatch.setattr(loops, "train_step", interrupted)
+    assert main.main([*SMOKE, "--output", str(tmp_path / "r")]) == 128 + number
+    expected = f"main.py: stopped by {number.name}; --resume continues the run\n"
+    assert capsys.readouterr().err == expected
+    epoch_state = load_checkpoint(tmp_path / "r/checkpoints")["epoch_state"]
+    assert (epoch_state["epoch"], epoch_state["steps"]) == (2, 2)
 
 
 @pytest.mark.slow
