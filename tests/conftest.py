@@ -87,7 +87,7 @@ class Served(NamedTuple):
 def served(tmp_path_factory):
     """The page of a short run on the sample, in an environment that asks for the opposite of private."""
     folder = tmp_path_factory.mktemp("page")
-    flags = "--recipe demo --width 8 --epochs 1 --precision fp32 --output"
+    flags = "--recipe demo --width 8 --epochs 1 --lr 0.01 --precision fp32 --output"
     assert main.main([*flags.split(), str(folder / "run")]) == 0
     hostile = {
         "GRADIO_SHARE": "True",

@@ -27,7 +27,7 @@ def finished(tmp_path_factory):
     """The folder of a short run with range test and validation set."""
     folder = tmp_path_factory.mktemp("runs") / "smoke"
     flags = (
-        "--dataset cifar10-sample --width 4 --batch-size 64 --epochs 2 --val-split 0.1 "
+        "--dataset cifar10-sample --width 4 --batch-size 32 --epochs 2 --val-split 0.1 "
         "--max-train-batches 3 --precision fp32"
     ).split()
     assert main.main([*flags, "--output", str(folder)]) == 0
