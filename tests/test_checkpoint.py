@@ -810,6 +810,7 @@ def test_a_refusal_names_flags_that_exist(old, new, advice):
         checkpoint.check_same("run", {"lr": old}, {"lr": new})
 
 
+@pytest.mark.slow
 def test_changed_training_images_are_not_resumed(finished, capsys, monkeypatch):
     monkeypatch.setattr("sources.split.Split.digest", lambda split: "other")
     assert main.main([*SMOKE, "--output", str(finished), "--resume"]) == 2

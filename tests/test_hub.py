@@ -68,6 +68,7 @@ def make_repository(folder, answer):
     return folder
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("order", ["theirs ours", "ours theirs"])
 def test_another_repository_with_the_same_module_names_gets_its_own_and_we_get_ours(tmp_path, order):
     theirs = make_repository(tmp_path / "theirs", "another network")

@@ -827,6 +827,7 @@ def trained_on_mine(mine, tmp_path_factory):
     return folder
 
 
+@pytest.mark.slow
 def test_a_folder_of_images_of_any_kind_trains_and_reports(mine, trained_on_mine):
     text = (trained_on_mine / "report.md").read_text(encoding="utf-8")
     assert "172 train + 20 validation + 48 test images of 3 classes, 64 x 64 px" in text
@@ -852,6 +853,7 @@ def test_a_run_on_a_folder_is_tested_used_and_reported_again(mine, trained_on_mi
     assert re.search(r"0.jpg: (ant|bumble bee|cow) [\d.]+%\n$", capsys.readouterr().out)
 
 
+@pytest.mark.slow
 def test_a_run_is_not_reported_on_other_images(mine, trained_on_mine, tmp_path, capsys):
     other = shutil.copytree(mine, tmp_path / "other")
     shutil.copy(other / "ant/0.jpg", other / "ant/copy.jpg")
@@ -861,6 +863,7 @@ def test_a_run_is_not_reported_on_other_images(mine, trained_on_mine, tmp_path, 
     assert (trained_on_mine / "report.md").read_bytes() == before
 
 
+@pytest.mark.slow
 def test_a_run_is_not_reported_on_other_test_images(mine, trained_on_mine, tmp_path, capsys):
     def digests(folder):
         parts = ("train", "test")
@@ -878,6 +881,7 @@ def test_a_run_is_not_reported_on_other_test_images(mine, trained_on_mine, tmp_p
     assert f"the test images in {other} are not those of the run" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_a_run_is_not_tested_on_what_a_changed_folder_lends_it_of_its_training(
     mine, trained_on_mine, tmp_path, capsys
 ):

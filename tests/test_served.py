@@ -12,6 +12,8 @@ import httpx
 import app
 from tests.test_app import HOSTILE
 
+pytestmark = pytest.mark.slow  # the first waits for the page
+
 ROOT = Path(__file__).parent.parent
 
 
