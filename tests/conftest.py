@@ -21,7 +21,9 @@ from sources import cifar10
 
 ROOT = Path(__file__).parent.parent
 
-torch.set_num_threads(1)  # quicker for networks this small, and steady on a busy machine
+# Quicker for networks this small, and steady on a busy machine; the same for processes that tests start.
+torch.set_num_threads(1)
+os.environ["OMP_NUM_THREADS"] = "1"
 
 
 def pytest_collection_finish():

@@ -866,7 +866,6 @@ def start(folder, *flags):
     return subprocess.Popen(
         [sys.executable, "-W", "error", "main.py", *SMOKE, "--output", str(folder), *flags],
         cwd=ROOT,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
         start_new_session=True,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,

@@ -65,7 +65,6 @@ def test_the_notebook_is_kept_with_the_outputs_of_a_whole_run_and_no_widgets(nam
 @pytest.mark.slow
 def test_the_notebooks_run_from_top_to_bottom_on_the_sample(tmp_path, monkeypatch):
     """One after the other in one process, which forgets every name in between."""
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")
     monkeypatch.setenv("PIP_NO_INDEX", "1")
     monkeypatch.setenv("PIP_NO_DEPENDENCIES", "1")  # which takes pip two seconds
     both, notebooks = read("train_cifar10"), [read(name) for name in RECIPES]
