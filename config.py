@@ -269,8 +269,9 @@ def resumed(given: dict[str, Any], path: Path) -> Config:
         now = Config(**{**stored, **given})
     except (OSError, TypeError, AttributeError, RecursionError, json.JSONDecodeError) as error:
         raise ValueError(f"{path} is not what a run writes ({error})") from None
-    named = {name: value for name, value in now.identity.items() if name in given}
-    check_same_settings(before.identity, named)
+    if any(path.parent.glob("checkpoints/step-*.ckpt")):  # else nothing is trained yet
+        named = {name: value for name, value in now.identity.items() if name in given}
+        check_same_settings(before.identity, named)
     return now
 
 

@@ -219,7 +219,12 @@ def count_classes(model: nn.Module, images: Tensor, device: torch.device, dtype:
     images = images[:2].to(device)
     plain = getattr(model, "_orig_mod", model)  # a compiled model would be compiled anew for this batch
     with evaluation_mode(plain), torch.no_grad(), autocast(device, dtype), random_state_kept(device):
-        logits = plain(images)
+        try:
+            logits = plain(images)
+        except (TypeError, ValueError, RuntimeError) as error:
+            fault = str(error).strip().splitlines()[0]
+            shape = f"{images.dtype} {tuple(images.shape)}"
+            raise ValueError(f"the model does not take a batch of images {shape}: {fault}") from None
     check_logits(logits, len(images))
     return logits.shape[1]
 
@@ -238,10 +243,13 @@ def check_logits(logits: Any, count: int) -> Tensor:
     return logits
 
 
-def check_evaluation(model: nn.Module, device: torch.device, dtype: torch.dtype, *loaders: Any) -> None:
+def check_evaluation(model: nn.Module, device: torch.device, dtype: torch.dtype, *loaders: Any) -> int:
     """Look at the first batch of each loader to evaluate on, and at the model's answer to it.
 
     The model is moved to the device. Loaders and random state stay as they are.
+
+    Returns:
+        The number of classes that the model tells apart.
 
     Raises:
         ValueError: no loader is given (None is none), or one, its batch or the answer is not what it
@@ -254,7 +262,9 @@ def check_evaluation(model: nn.Module, device: torch.device, dtype: torch.dtype,
     for loader in given:
         check_loader("evaluation", loader)
         batch = first_batch(loader)
-        check_batch(batch, count_classes(model, check_batch(batch)[0], device, dtype))
+        classes = count_classes(model, check_batch(batch)[0], device, dtype)
+        check_batch(batch, classes)
+    return classes
 
 
 def first_batch(loader: BatchLoader) -> Any:

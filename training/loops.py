@@ -30,6 +30,7 @@ from training.inputs import (
     check_evaluation,
     check_loader,
     check_logits,
+    check_model,
     check_steps_left,
     check_training,
     count_classes,
@@ -238,6 +239,7 @@ def test(
     Args:
         tta: average the logits of each image with those of its mirror image.
     """
+    check_model(model)
     check_loader("test", test_loader)
     return score(*forward_all(model, device, test_loader, precision, tta))
 
@@ -257,6 +259,7 @@ def predict(
     tta: bool = False,
 ) -> Predictions:
     """Class probabilities of every image of a loader, in the order of this pass; `tta` as in `test`."""
+    check_model(model)
     check_loader("prediction", loader)
     warn_if_shuffled(loader)
     logits, labels = forward_all(model, device, loader, precision, tta)
@@ -275,10 +278,11 @@ def forward_all(
     targets: list[Tensor] = []
     with evaluation_mode(model), torch.inference_mode(), autocast(device, dtype):
         for batch in loader:
-            images, labels = to_device(*check_batch(batch), device)
+            if not logits:
+                classes = count_classes(model, check_batch(batch)[0], device, dtype)
+            images, labels = to_device(*check_batch(batch, classes), device)
             views = [images, images.flip(-1)] if tta else [images]
             answers = [check_logits(model(view), len(labels)).float() for view in views]
-            check_batch(batch, answers[0].shape[1])
             logits.append(torch.stack(answers).mean(0))
             targets.append(labels)
     if not logits:

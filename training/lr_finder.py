@@ -10,16 +10,16 @@ import warnings
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import numpy as np
 import torch
 from scipy.ndimage import gaussian_filter1d
 from torch import nn
-from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from data import random_state, set_random_state
-from training.inputs import check_evaluation, check_training, whole_number
+from data import BatchLoader, random_state, set_random_state
+from training.inputs import check_batch, check_evaluation, check_training, whole_number
 from training.optim import copy_of, scale_rates
 from utils import check_numbers, keep_freed_memory, make_scaler, pick_precision, random_state_kept
 
@@ -58,7 +58,7 @@ def read_finder(folder: Path) -> LRFinderResult | None:
 def find_lr(  # noqa: PLR0913
     model: nn.Module,
     device: torch.device,
-    train_loader: DataLoader,
+    train_loader: BatchLoader,
     optimizer: torch.optim.Optimizer,
     *,
     start_lr: float = 1e-5,
@@ -89,7 +89,7 @@ def find_lr(  # noqa: PLR0913
     dtype = pick_precision(precision, device)
     # As in training: the layout moves the numbers.
     model.to(device).to(memory_format=torch.channels_last)
-    check_evaluation(model, device, dtype, train_loader)
+    classes = check_evaluation(model, device, dtype, train_loader)
     model, optimizer = copy_of((model, optimizer), model)  # together: the copy updates the copy
     keep_frozen(model)
     for group in optimizer.param_groups:
@@ -109,13 +109,21 @@ def find_lr(  # noqa: PLR0913
             grad_scaler=make_scaler(device, dtype),
         )
         try:
-            finder.range_test(train_loader, start_lr=start_lr, end_lr=end_lr, num_iter=steps, smooth_f=0)
+            batches = checked_batches(train_loader, classes)
+            finder.range_test(batches, start_lr=start_lr, end_lr=end_lr, num_iter=steps, smooth_f=0)
         finally:
             set_random_state(train_loader, draws)
             if sampler is not None and epoch is not None:
                 sampler.set_epoch(epoch)
     lrs, losses = finder.history["lr"], finder.history["loss"]
     return LRFinderResult(lrs, losses, suggest_lrs(lrs, losses))
+
+
+def checked_batches(loader: BatchLoader, classes: int) -> Any:
+    """A loader of any kind in the form that the library takes, each of its batches checked."""
+    batches = import_lr_finder().TrainDataLoaderIter(loader)
+    batches.inputs_labels_from_batch = lambda batch: check_batch(batch, classes)
+    return batches
 
 
 def keep_frozen(model: nn.Module) -> None:
