@@ -21,8 +21,7 @@ from transforms import (
     CIFAR10_STD,
     AugmentParams,
     BatchProgram,
-    normalization_of,
-    test_transform,
+    evaluation_transform,
     train_transform,
     vectorize,
 )
@@ -226,9 +225,19 @@ class Loaders(NamedTuple):
 
     @property
     def normalization(self) -> dict[str, tuple[float, ...]]:
-        """The `mean` and `std` of every loader."""
-        program = cast(Batches, self.test.dataset).program
-        return {"mean": program.mean, "std": program.std}
+        """The `mean` and `std` of every loader.
+
+        Raises:
+            ValueError: they are not all that is done to a test image, so that whoever prepared one with
+                them alone would show the network something else.
+        """
+        dataset = dataset_of(self.test)
+        if isinstance(dataset, Batches) and dataset.program == BatchProgram(*dataset.program[:2]):
+            return {"mean": dataset.program.mean, "std": dataset.program.std}
+        raise ValueError(
+            "mean and std alone do not prepare a test image here, and more a card cannot hold: "
+            f"the pipeline also does {dataset.describe()}"
+        )
 
 
 def dataset_of(loader: DataLoader) -> Batches | Samples:
@@ -243,12 +252,12 @@ def make_loaders(config: Config, device: torch.device | str = "cpu", transform: 
         config: of the run.
         device: where batches are made, and the images kept.
         transform: an `A.Compose` to train with instead of the one that `config` describes; what
-            `vectorize` does not know runs image by image in worker processes. Its `Normalize` holds
-            for validation and test too.
+            `vectorize` does not know runs image by image in worker processes. What is not random in
+            it holds for validation and test too.
 
     Raises:
         ValueError: the batch is larger than the training set, the data is unusable, or `transform`
-            has no `Normalize`.
+            has no counterpart for testing; the message says what to do.
         OSError: the data could not be had.
     """
     train, test = (
@@ -276,7 +285,10 @@ def make_loaders(config: Config, device: torch.device | str = "cpu", transform: 
             cutout=config.cutout,
             grayscale=config.grayscale,
         )
-    evaluate = test_transform(*normalization_of(transform))
+    evaluate = evaluation_transform(transform, train.images)
+    steps = [type(step).__name__ for step in evaluate.transforms]
+    if steps != ["Normalize", "ToTensorV2"]:
+        print(f"test images go through {', '.join(steps)}, as that is not random in training")
     return Loaders(
         make_loader(train, transform, device, config, shuffle=True),
         make_loader(validation, evaluate, device, config) if validation else None,

@@ -1,8 +1,10 @@
 """Augmentation and normalisation, written once in Albumentations and run per sample or per batch."""
 
+import copy
 import functools
 import math
 import os
+import random
 from typing import Any, NamedTuple
 
 os.environ.setdefault("NO_ALBUMENTATIONS_UPDATE", "1")  # else its import asks the network for news
@@ -18,6 +20,8 @@ from torch import Tensor
 # The common 0.2023, 0.1994, 0.2010 is the mean of each image's own deviation: another quantity.
 CIFAR10_MEAN = (0.49139968, 0.48215841, 0.44653091)
 CIFAR10_STD = (0.24703223, 0.24348513, 0.26158784)
+
+TRIALS = 8  # of a step, to see whether chance has a part in it
 
 # numpy's names for the borders a batch can be padded with.
 _BORDERS = {cv2.BORDER_CONSTANT: "constant", cv2.BORDER_REFLECT_101: "reflect"}
@@ -78,15 +82,110 @@ def test_transform(
 
 
 def normalization_of(compose: A.Compose) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """Mean and standard deviation of a pipeline's `Normalize`.
+    """Mean and standard deviation of a pipeline's `Normalize`, of pixels in [0, 1].
 
     Raises:
         ValueError: it has none.
     """
     for step in compose.transforms:
         if isinstance(step, A.Normalize) and step.normalization == "standard":
-            return tuple(step.mean), tuple(step.std)
+            return _mean_and_std(step)
     raise ValueError("the pipeline has no A.Normalize with a mean and a std, which testing needs too")
+
+
+def _mean_and_std(step: A.Normalize) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Those of pixels in [0, 1]; a step may have those of pixels from 0 to 255."""
+    scale = step.max_pixel_value / 255
+    return tuple(x * scale for x in step.mean), tuple(x * scale for x in step.std)
+
+
+def evaluation_transform(compose: Any, images: np.ndarray) -> A.Compose:
+    """A training pipeline without what is random in it, for validation and test.
+
+    What changes every image in the same way stays: Resize, PadIfNeeded, CenterCrop, Normalize,
+    ToTensorV2, a mirroring with p=1. A RandomCrop to another size becomes a CenterCrop. The other random
+    steps are left out. Where no step but Normalize matters, this is `test_transform`.
+
+    Args:
+        compose: the training pipeline; it stays as it is.
+        images: uint8 (N, H, W, 3), of which a few are tried.
+
+    Raises:
+        ValueError: it is no A.Compose, it fails on the images, or it gives images of another size or
+            type than any evaluation could; the message says what to do.
+    """
+    if not isinstance(compose, A.Compose):
+        raise ValueError(
+            f"the transform must be an A.Compose, not {type(compose).__name__}: "
+            "give A.Compose([..., A.Normalize(mean, std), ToTensorV2()])"
+        )
+    if compose.p != 1:
+        raise ValueError(f"the pipeline has p={compose.p}: the rest would come unchanged; leave p at 1")
+    mean, std = normalization_of(compose)
+    noise = np.random.default_rng(0).integers(40, 200, images.shape[1:], dtype=np.uint8)
+    probes = [noise, *images[:3]]
+    kept: list[A.BasicTransform] = []
+    now = probes
+    for step in compose.transforms:
+        fixed, now = _without_chance(step, now)
+        kept += fixed
+    if not all(isinstance(x, Tensor) and x.is_floating_point() for x in now):
+        raise ValueError("the pipeline must end in A.Normalize(mean, std), ToTensorV2()")
+    plain = test_transform(mean, std)
+    expected = [plain(image=image)["image"] for image in probes]
+    pairs = list(zip(now, expected, strict=True))
+    if all(x.shape == y.shape and torch.allclose(x, y, atol=1e-4) for x, y in pairs):
+        return plain
+    return A.Compose(kept)
+
+
+def _without_chance(step: Any, images: list[Any]) -> tuple[list[A.BasicTransform], list[Any]]:
+    """What evaluation keeps of a step, and what that makes of some images."""
+    name = type(step).__name__
+    always = copy.deepcopy(step)
+    always.p = 1.0
+    trials = [_outputs(always, images, seed) for seed in range(TRIALS)]
+    kinds = {tuple(map(_kind, outputs)) for outputs in trials}
+    before = tuple(map(_kind, images))
+    same = all(_equal(x, y) for trial in trials[1:] for x, y in zip(trials[0], trial, strict=True))
+    if same and step.p == 1:
+        return [always], trials[0]
+    if kinds == {before}:
+        return [], images
+    if isinstance(step, A.RandomCrop) and step.p == 1:
+        middle = A.CenterCrop(step.height, step.width, **_padding_of(step))
+        return [middle], _outputs(middle, images, 0)
+    raise ValueError(
+        f"{name} with p={step.p:g} changes size or type of images at random, and evaluation has no "
+        f"counterpart of that: use p=1, or put A.Resize or A.RandomCrop in its place or before it"
+    )
+
+
+def _padding_of(step: A.RandomCrop) -> dict[str, Any]:
+    """The arguments of a crop that say what is done with an image that is too small."""
+    names = ("pad_if_needed", "border_mode", "fill", "pad_position")
+    return {name: getattr(step, name) for name in names}
+
+
+def _outputs(step: Any, images: list[Any], seed: int) -> list[Any]:
+    """Some images through one step, whose random numbers begin at `seed`."""
+    step.set_random_state(np.random.default_rng(seed), random.Random(seed))
+    try:
+        return [step(image=image)["image"] for image in images]
+    except Exception as error:  # whatever a step of somebody's raises
+        shape = "x".join(map(str, images[0].shape))
+        why = " ".join(str(error).split())
+        raise ValueError(f"{type(step).__name__} fails on an image of {shape}: {why}") from None
+
+
+def _kind(image: Any) -> tuple:
+    """What a network must be given the same of in training and in evaluation."""
+    return tuple(image.shape), str(image.dtype)
+
+
+def _equal(one: Any, other: Any) -> bool:
+    """Whether two images are the same, to the bit."""
+    return _kind(one) == _kind(other) and bool((one == other).all())
 
 
 def normalize(
@@ -323,9 +422,10 @@ def _read_hole(step: A.CoarseDropout) -> dict | None:
 
 
 def _read_normalize(step: A.Normalize) -> dict | None:
-    if step.p != 1 or step.normalization != "standard" or step.max_pixel_value != 255:
+    if step.p != 1 or step.normalization != "standard":
         return None
-    return {"mean": tuple(step.mean), "std": tuple(step.std)}
+    mean, std = _mean_and_std(step)
+    return {"mean": mean, "std": std}
 
 
 _READERS = {

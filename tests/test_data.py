@@ -777,6 +777,34 @@ def test_a_pipelines_own_normalisation_holds_for_testing_too():
         make_loaders(SMOKE, transform=A.Compose([ToTensorV2()]))
 
 
+@pytest.mark.parametrize(
+    ("steps", "side"),
+    [([A.Resize(64, 64)], 64), ([A.RandomCrop(24, 24)], 24), ([A.PadIfNeeded(40, 40)], 40)],
+)
+def test_test_images_have_the_size_of_the_training_images(steps, side, capsys):
+    loaders = make_loaders(SMOKE, transform=A.Compose([*steps, A.Normalize(), ToTensorV2()]))
+    for loader in (loaders.train, loaders.test):
+        assert next(iter(loader))[0].shape == (64, 3, side, side)
+    assert "test images go through" in capsys.readouterr().out
+    with pytest.raises(ValueError, match="mean and std alone do not prepare a test image"):
+        loaders.normalization  # noqa: B018, a card would describe other inputs
+
+
+def test_a_normalisation_of_pixels_up_to_255_is_that_of_the_test_images_too():
+    step = A.Normalize((125.3, 122.9, 113.9), (63.0, 62.1, 66.7), max_pixel_value=1.0)
+    loaders = make_loaders(SMOKE, transform=A.Compose([A.HorizontalFlip(p=0), step, ToTensorV2()]))
+    images = next(iter(loaders.test))[0]
+    first = loaders.test.dataset.split.images[0].astype(float)
+    expected = (first - (125.3, 122.9, 113.9)) / (63.0, 62.1, 66.7)
+    np.testing.assert_allclose(images[0].permute(1, 2, 0), expected, atol=1e-5)
+    assert loaders.normalization["mean"] == pytest.approx((125.3 / 255, 122.9 / 255, 113.9 / 255))
+
+
+def test_a_transform_that_is_no_pipeline_is_refused_before_anything_is_made():
+    with pytest.raises(ValueError, match="must be an A.Compose, not Rotate"):
+        make_loaders(SMOKE, transform=A.Rotate())
+
+
 def test_workers_outlive_the_interrupt_that_a_notebook_sends_to_all_processes(sample):
     loader = make_loader(
         sample, train_transform(), "cpu", Config(workers=2, batch_size=16), shuffle=True

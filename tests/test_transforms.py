@@ -166,3 +166,118 @@ def test_a_pipeline_that_runs_sometimes_has_no_batch_program():
         None,
         "the pipeline has p=0.5, and a batch runs it always",
     )
+
+
+# What evaluation keeps of a training pipeline
+
+
+def middle(images, side):
+    """The middle of images, cut out by hand."""
+    first = (images.shape[1] - side) // 2
+    return images[:, first : first + side, first : first + side]
+
+
+FIXED = {  # steps that change every image in the same way, and what they make of it
+    "CenterCrop": (A.CenterCrop(24, 24), lambda x: middle(x, 24)),
+    "HorizontalFlip": (A.HorizontalFlip(p=1), lambda x: x[:, :, ::-1]),
+    "InvertImg": (A.InvertImg(p=1), lambda x: 255 - x),
+    "PadIfNeeded": (
+        A.PadIfNeeded(40, 40, border_mode=0),
+        lambda x: np.pad(x, ((0, 0), (4, 4), (4, 4), (0, 0))),
+    ),
+    "Resize": (A.Resize(64, 64, interpolation=0), lambda x: x.repeat(2, 1).repeat(2, 2)),
+    "Rotate": (A.Rotate((180, 180), p=1), lambda x: x[:, ::-1, ::-1]),
+}
+CHANCE = {  # random steps that leave the size alone
+    "nothing": [],
+    "flip": [A.HorizontalFlip(p=0.5)],
+    "rotate": [A.Rotate(20, p=1)],
+    "some crop": [A.RandomResizedCrop((32, 32), scale=(0.2, 1))],
+    "one of two": [A.OneOf([A.RandomBrightnessContrast(p=1), A.ColorJitter(p=1)], p=0.7)],
+}
+
+
+@pytest.mark.parametrize("chance", CHANCE)
+@pytest.mark.parametrize("name", FIXED)
+def test_evaluation_keeps_what_every_training_image_goes_through(name, chance, sample):
+    step, by_hand = FIXED[name]
+    compose = A.Compose([*CHANCE[chance], step, A.Normalize(), ToTensorV2()])
+    evaluate = transforms.evaluation_transform(compose, sample.images)
+    expected = transforms.normalize(np.ascontiguousarray(by_hand(sample.images)), *IMAGENET)
+    found = torch.stack([evaluate(image=image)["image"] for image in sample.images])
+    assert found.shape == expected.shape
+    assert (found - expected).abs().gt(1e-4).float().mean() < 0.02  # Rotate interpolates its border
+
+
+IMAGENET = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+
+
+@pytest.mark.parametrize("side", [24, 32, 36, 44])
+@pytest.mark.parametrize("pad", [0, 40])
+def test_a_random_crop_is_a_crop_of_the_middle_in_evaluation(side, pad, sample):
+    steps = [A.PadIfNeeded(pad, pad)] if pad else []
+    crop = A.RandomCrop(side, side, pad_if_needed=side > max(32, pad))
+    compose = A.Compose([*steps, crop, A.Normalize(), ToTensorV2()])
+    evaluate = transforms.evaluation_transform(compose, sample.images)
+    image = sample.images[:1]
+    found = evaluate(image=image[0])["image"][None]
+    assert found.shape == (1, 3, side, side) == (1, *compose(image=image[0])["image"].shape)
+    inner = min(side, 32)
+    expected = transforms.normalize(np.ascontiguousarray(middle(image, inner)), *IMAGENET)
+    start = (side - inner) // 2
+    found = found[..., start : start + inner, start : start + inner]
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("scale", [1.0, 255.0, 65535.0])
+def test_the_scale_of_a_normalisation_holds_for_evaluation_too(scale, sample):
+    step = A.Normalize(*(tuple(255 / scale * x for x in xs) for xs in IMAGENET), max_pixel_value=scale)
+    for compose in (
+        A.Compose([step, ToTensorV2()]),
+        A.Compose([A.Rotate(20, p=0.5), step, ToTensorV2()]),
+    ):
+        evaluate = transforms.evaluation_transform(compose, sample.images)
+        found = torch.stack([evaluate(image=image)["image"] for image in sample.images[:9]])
+        expected = transforms.normalize(sample.images[:9], *IMAGENET)
+        torch.testing.assert_close(found, expected, rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("options", [{}, {"padding": 0}, {"padding": 3, "grayscale": 0.3}])
+def test_evaluation_of_ones_own_images_only_normalises(options, sample):
+    evaluate = transforms.evaluation_transform(train_transform(**options), sample.images)
+    assert repr(evaluate) == repr(transforms.test_transform())
+
+
+def test_finding_out_what_is_random_moves_no_state(sample):
+    compose = train_transform()
+    compose.set_random_seed(3)
+    transforms.evaluation_transform(compose, sample.images)
+    again = train_transform()
+    again.set_random_seed(3)
+    one, other = (pipeline(image=sample.images[0])["image"] for pipeline in (compose, again))
+    assert torch.equal(one, other)
+
+
+@pytest.mark.parametrize(
+    ("transform", "message"),
+    [
+        (A.Rotate(), "must be an A.Compose, not Rotate: give A.Compose"),
+        ([A.HorizontalFlip(), *END], "must be an A.Compose, not list"),
+        (A.OneOf([A.Rotate()]), "must be an A.Compose, not OneOf"),
+        (lambda image: image, "must be an A.Compose, not function"),
+        (A.Compose(END, p=0.5), "the pipeline has p=0.5"),
+        (A.Compose([A.Resize(64, 64, p=0.5), *END]), "Resize with p=0.5 changes size or type"),
+        (A.Compose([A.RandomResizedCrop((64, 64)), *END]), "RandomResizedCrop with p=1 changes size"),
+        (A.Compose([A.RandomScale(p=1), *END]), "RandomScale with p=1 changes size"),
+        (A.Compose([A.Normalize(p=0.5), ToTensorV2()]), "Normalize with p=0.5 changes size or type"),
+        (A.Compose([A.RandomCrop(64, 64), *END]), "RandomCrop fails on an image of 32x32x3"),
+        (A.Compose([A.Normalize()]), "must end in A.Normalize"),
+        (A.Compose([ToTensorV2()]), "has no A.Normalize"),
+    ],
+)
+def test_a_pipeline_without_a_counterpart_in_evaluation_is_refused_in_one_line(
+    transform, message, sample
+):
+    with pytest.raises(ValueError, match=message) as caught:
+        transforms.evaluation_transform(transform, sample.images)
+    assert "\n" not in str(caught.value)
