@@ -114,7 +114,8 @@ class Config:
     )
     flip: bool | None = setting(None, "mirror half of the images; svhn's digits only with --flip")
     cutout: int = setting(8, "side of the erased square, pixels; 0: none", low=0)
-    grayscale: float = setting(0.0, "probability of turning an image grey", low=0, high=1)
+    # Under 1: test images have their colours, and a network should have seen some.
+    grayscale: float = setting(0.0, "probability of turning an image grey", low=0, high=0.99)
     tta: bool = setting(False, "evaluate by the mean logits of each image and its mirror image")
     workers: int = setting(
         0,

@@ -123,6 +123,7 @@ def test_a_field_of_another_type_is_refused(field, value, message):
         (["--weight-decay", "nan"], "weight_decay must be at least 0, not nan"),
         (["--cutout", "32"], "cutout must be under the image side, 32, not 32"),
         (["--padding", "32"], "padding must be under the image side, 32, not 32"),
+        (["--grayscale", "1"], "grayscale must be at least 0 and at most 0.99, not 1.0"),
         (["--seed", "-1"], "seed must be at least 0"),
         (["--model", "resnet18", "--dropout", "0.1"], "dropout and bias are custom_resnet's"),
         (["--dataset", "svhn", "--image-size", "64"], "the folder dataset's; svhn is 32 px"),
