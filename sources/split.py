@@ -1,9 +1,12 @@
 """What every source of data returns, a `Split`, and how one is divided and measured."""
 
 import hashlib
-from dataclasses import dataclass
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
 
 import numpy as np
+
+from files import printable
 
 
 @dataclass(frozen=True)
@@ -11,12 +14,14 @@ class Split:
     """Images and labels of one part of a dataset.
 
     Shape:
-        images uint8 (N, H, W, 3), labels int64 (N,) from 0 to K - 1, K names in `classes`.
+        images uint8 (N, H, W, 3), labels int64 (N,) from 0 to K - 1, K names in `classes`, N in `files`.
     """
 
     images: np.ndarray
     labels: np.ndarray
     classes: tuple[str, ...]
+    files: tuple[str, ...] | None = None  # where each image came from, below the data folder
+    prepared: str = ""  # in words, what was done to the files' pictures
 
     def __post_init__(self) -> None:
         shape = self.images.shape
@@ -29,6 +34,9 @@ class Split:
         low, high = self.labels.min(), self.labels.max()
         if low < 0 or high >= len(self.classes):
             raise ValueError(f"labels must be 0 to {len(self.classes) - 1}, not {low} to {high}")
+        if self.files is not None and len(self.files) != len(self.images):
+            raise ValueError(f"{len(self.files)} file names for {len(self.images)} images")
+        check_names(self.classes)
 
     def __len__(self) -> int:
         return len(self.images)
@@ -41,7 +49,22 @@ class Split:
 
     def take(self, index: np.ndarray) -> "Split":
         """The images at `index`."""
-        return Split(self.images[index], self.labels[index], self.classes)
+        files = self.files and tuple(self.files[int(i)] for i in np.arange(len(self))[index])
+        return replace(self, images=self.images[index], labels=self.labels[index], files=files)
+
+
+def check_names(classes: Iterable[str]) -> None:
+    """Refuse class names that a report, a table or a terminal could not show.
+
+    Raises:
+        ValueError: the first of them is named, escaped.
+    """
+    for name in classes:
+        if printable(name) != name:
+            raise ValueError(
+                f"the class name {printable(name)} has bytes that are no UTF-8, or control characters, "
+                "here written with backslashes: rename it"
+            )
 
 
 def statistics(images: np.ndarray) -> tuple[tuple[float, ...], tuple[float, ...]]:
