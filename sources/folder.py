@@ -1,19 +1,30 @@
 """A user's own pictures: one folder for each class."""
 
 import contextlib
+import re
+import unicodedata
 import warnings
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
 from PIL import ExifTags, Image, ImageOps
 from tqdm import tqdm
 
-from sources.split import Split, stratified_split
+from files import printable
+from sources.split import Split, check_names, stratified_split
 
 IMAGE_FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF")
-PARTS = {"train", "test", "val", "valid", "validation"}  # folders that are no classes, if all there is
+# Names of folders that hold a part of the data, not a class; words such as "set" may stand beside them.
+PARTS = {
+    **dict.fromkeys(("train", "training"), "train"),
+    **dict.fromkeys(("test", "testing"), "test"),
+    **dict.fromkeys(("val", "valid", "validation", "dev", "eval", "evaluation"), "val"),
+}
+BESIDE = ("set", "split", "data", "dataset", "images", "image", "imgs", "img", "files")
+# Folders that programs leave behind, besides hidden ones; they are not looked at.
+LEFT_BEHIND = ("__macosx", "__pycache__", "lost+found", "@eadir", "$recycle.bin")
 MOST_PIXELS = 50_000_000  # of an image file; more is refused before it is decoded
 # The turn that shows a photograph upright, by the orientation in its metadata; 1 needs none.
 _TURNS = "FLIP_LEFT_RIGHT ROTATE_180 FLIP_TOP_BOTTOM TRANSPOSE ROTATE_270 TRANSVERSE ROTATE_90".split()
@@ -23,25 +34,94 @@ UPRIGHT = {number: Image.Transpose[name] for number, name in enumerate(_TURNS, 2
 def load_folder(split: str, root: Path, image_size: int) -> Split:
     """A user's own images: one folder a class, files of any size."""
     if not root.is_dir():
-        raise ValueError(f"there is no folder {root}")
-    names = {path.name for path in root.iterdir() if path.is_dir() and path.name[0] != "."}
+        raise ValueError(f"there is no folder {printable(root)}")
     tell = split == "train"  # once a run
-    if names >= {"train", "test"}:
-        classes, train = list_images(root / "train", tell)
-        others, test = list_images(root / "test", tell)
-        if tell and len(names) > 2:
-            print(f"{root}: passed over {', '.join(sorted(names - {'train', 'test'}))}")
-        if classes != others:
-            raise ValueError(f"{root}/train has classes {classes}, {root}/test {others}")
-    elif names and names <= PARTS:
-        raise ValueError(f"{root} has {', '.join(sorted(names))}; it needs folders train and test")
+    if parts := find_parts(root):
+        (classes, train), (others, test) = (list_images(part, tell) for part in parts)
+        check_same_classes(parts, classes, others)
+        rest = [name for name in folders_in(root) if root / name not in parts]
+        if rest and tell:
+            print(f"{printable(root)}: passed over {listed(rest)}")
     else:
         classes, files = list_images(root, tell)
         # The same split for every seed, so that runs with different seeds are tested on the same images.
         sides = stratified_split(np.array([label for _, label in files]), 0.2, seed=0)
         train, test = ([files[i] for i in side] for side in sides)
-    wanted, rest = (train, test) if split == "train" else (test, train)
-    return read_images(classes, wanted, image_size, rest)
+    wanted, unwanted = (train, test) if split == "train" else (test, train)
+    return read_images(classes, wanted, image_size, unwanted)
+
+
+def find_parts(root: Path) -> tuple[Path, Path] | None:
+    """The folders of the training and of the test images, or None if `root` holds classes.
+
+    Raises:
+        ValueError: there are parts, but not one of each.
+    """
+    names = folders_in(root)
+    place = printable(root)
+    parts: dict[str, list[str]] = {"train": [], "test": [], "val": []}
+    for name in names:
+        if part := part_of(name):
+            parts[part].append(name)
+    if parts["train"] and parts["test"]:
+        for part in ("train", "test"):
+            if len(parts[part]) > 1:
+                raise ValueError(
+                    f"{place} has {listed(parts[part])}, which all name the {part} images: keep one"
+                )
+        return root / parts["train"][0], root / parts["test"][0]
+    if names and len(names) == sum(map(len, parts.values())):
+        raise ValueError(
+            f"{place} has {listed(names)}; it needs folders train and test: rename what is there, or "
+            "put the classes into one folder, a fifth of which then becomes the test set"
+        )
+    return None
+
+
+def part_of(name: str) -> str | None:
+    """The part of the data that a folder's name names, such as "train" for TRAIN_SET, or None."""
+    words = [word for word in re.findall("[a-z]+", name.casefold()) if word not in BESIDE]
+    word = words[0] if len(words) == 1 else ""
+    for end in ("", *BESIDE):
+        if word.endswith(end) and word.removesuffix(end) in PARTS:
+            return PARTS[word.removesuffix(end)]
+    return None
+
+
+def looked_at(name: str) -> bool:
+    """Whether a file or folder is the user's: neither hidden nor left behind by a program."""
+    return name[0] != "." and name.casefold() not in LEFT_BEHIND
+
+
+def folders_in(folder: Path) -> list[str]:
+    """The names of the folders that a folder holds, in order."""
+    return sorted(path.name for path in folder.iterdir() if path.is_dir() and looked_at(path.name))
+
+
+def listed(names: Iterable[str], most: int = 10) -> str:
+    """Some names in one line, however many there are."""
+    shown = [printable(name) for name in names]
+    more = f" and {len(shown) - most} more" if len(shown) > most else ""
+    return ", ".join(shown[:most]) + more
+
+
+def check_same_classes(parts: tuple[Path, Path], train: Sequence[str], test: Sequence[str]) -> None:
+    """Refuse two parts whose class folders differ, by the names in which they do.
+
+    Raises:
+        ValueError: they are named.
+    """
+    if train == test:
+        return
+    said = []
+    for part, names, others in zip(parts, (train, test), (test, train), strict=True):
+        if alone := [name for name in names if name not in others]:
+            said.append(f"only {printable(part)} has {listed(alone)}")
+    plain = [
+        {unicodedata.normalize("NFC", name).casefold() for name in names} for names in (train, test)
+    ]
+    hint = "; they differ in how letters are written alone" if plain[0] == plain[1] else ""
+    raise ValueError(f"both parts must have the same classes, but {' and '.join(said)}{hint}")
 
 
 def list_images(folder: Path, tell: bool = False) -> tuple[tuple[str, ...], list[tuple[Path, int]]]:
@@ -49,10 +129,17 @@ def list_images(folder: Path, tell: bool = False) -> tuple[tuple[str, ...], list
 
     Args:
         tell: print how many other files there are.
+
+    Raises:
+        ValueError: these are not two folders or more that each hold the images of a class.
     """
-    classes = sorted(path.name for path in folder.iterdir() if path.is_dir() and path.name[0] != ".")
+    classes, place = folders_in(folder), printable(folder)
     if len(classes) < 2:
-        raise ValueError(f"{folder} must hold one folder for each class, two or more, not {classes}")
+        what = f"only {listed(classes)}" if classes else "none"
+        if classes and folders_in(folder / classes[0]):
+            what += f"; if its folders are the classes, give {printable(folder / classes[0])} instead"
+        raise ValueError(f"{place} must hold one folder for each class, two or more, and has {what}")
+    check_names(classes)
     suffixes = Image.registered_extensions()
     files: list[tuple[Path, int]] = []
     passed = []
@@ -60,18 +147,49 @@ def list_images(folder: Path, tell: bool = False) -> tuple[tuple[str, ...], list
         before = len(files)
         for path in sorted((folder / name).rglob("*")):
             suffix = path.suffix.lower()
-            if path.is_dir() or any(part[0] == "." for part in path.relative_to(folder).parts):
+            if path.is_dir() or not all(map(looked_at, path.relative_to(folder).parts)):
                 continue
             if suffixes.get(suffix) in IMAGE_FORMATS:
                 files.append((path, label))
             else:
                 passed.append(suffix or path.name)
         if len(files) == before:
-            raise ValueError(f"{folder / name} holds no image ({', '.join(IMAGE_FORMATS)})")
+            formats = ", ".join(IMAGE_FORMATS)
+            raise ValueError(f"{printable(folder / name)} holds no image ({formats}): fill or remove it")
+    check_layout(folder, classes, files)
     if passed and tell:
-        kinds = ", ".join(f"{kind} {count}" for kind, count in Counter(passed).most_common(5))
-        print(f"{folder}: passed over files that are no {', '.join(IMAGE_FORMATS)}: {kinds}")
+        kinds = ", ".join(f"{printable(kind)} {n}" for kind, n in Counter(passed).most_common(5))
+        print(f"{place}: passed over files that are no {', '.join(IMAGE_FORMATS)}: {kinds}")
     return tuple(classes), files
+
+
+def check_layout(folder: Path, classes: Sequence[str], files: Sequence[tuple[Path, int]]) -> None:
+    """Refuse parts of the data that would be taken for classes.
+
+    Those are folders that hold no image themselves but two folders or more, where all of them have such
+    folders in common (fold1/cat, fold1/dog, fold2/cat, ...) or one has the name of a part.
+
+    Raises:
+        ValueError: they are named.
+    """
+    inner: list[set[str]] = [set() for _ in classes]  # of each class: names of folders with images
+    outer: dict[str, str] = {}  # the same names, casefolded, and as they are
+    for path, label in files:
+        name = path.parent.name if path.parent != folder / classes[label] else ""
+        inner[label].add(name.casefold())
+        outer[name.casefold()] = name
+    nested = [len(names) > 1 and "" not in names for names in inner]
+    shared = set.intersection(*inner)
+    named = [k for k, name in enumerate(classes) if nested[k] and part_of(name)]
+    if not named and not (all(nested) and len(shared) > 1):
+        return
+    wrong, within = ([classes[k] for k in named], inner[named[0]]) if named else (classes, shared)
+    folders = listed(outer[name] for name in sorted(within))
+    raise ValueError(
+        f"{printable(folder)} has {listed(wrong)}, with folders {folders} in them: if those are "
+        "the classes, name the outer folders train and test; if not, put the images of each class "
+        "directly into its folder"
+    )
 
 
 def read_images(
@@ -129,7 +247,7 @@ def read_image(path: str | Path, size: int) -> np.ndarray:
             return np.asarray(ImageOps.fit(upright, (size, size), Image.Resampling.BICUBIC))
     except (OSError, ValueError, SyntaxError, MemoryError, Image.DecompressionBombError) as error:
         reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
-        raise ValueError(f"{path} is no readable image ({reason})") from None
+        raise ValueError(f"{printable(path)} is no readable image ({reason})") from None
 
 
 @contextlib.contextmanager
