@@ -26,6 +26,8 @@ BESIDE = ("set", "split", "data", "dataset", "images", "image", "imgs", "img", "
 # Folders that programs leave behind, besides hidden ones; they are not looked at.
 LEFT_BEHIND = ("__macosx", "__pycache__", "lost+found", "@eadir", "$recycle.bin")
 MOST_PIXELS = 50_000_000  # of an image file; more is refused before it is decoded
+DEPTHS = (8, 10, 12, 14, 16)  # bits of a grey value, as sensors have them
+DEEP_LEAST = 64  # of the brightest 8 bits of a colour image of 16: under it, its data have 14 or fewer
 # The turn that shows a photograph upright, by the orientation in its metadata; 1 needs none.
 _TURNS = "FLIP_LEFT_RIGHT ROTATE_180 FLIP_TOP_BOTTOM TRANSPOSE ROTATE_270 TRANSVERSE ROTATE_90".split()
 UPRIGHT = {number: Image.Transpose[name] for number, name in enumerate(_TURNS, 2)}
@@ -229,6 +231,8 @@ def read_all(files: Sequence[tuple[Path, int]], image_size: int) -> tuple[list[n
 def read_image(path: str | Path, size: int) -> np.ndarray:
     """Any image file as uint8 (size, size, 3): turned upright, RGB, scaled to fill and cut to square.
 
+    What is transparent becomes white, as a page shows it. Of an animation the first picture is read.
+
     Raises:
         ValueError: no file, no image, or more than `MOST_PIXELS` pixels.
     """
@@ -238,16 +242,56 @@ def read_image(path: str | Path, size: int) -> np.ndarray:
         with quiet_open(path) as image:
             if image.width * image.height > MOST_PIXELS:
                 raise ValueError(f"{image.width} x {image.height} pixels, over {MOST_PIXELS:,}")
+            deep = is_deep(image)  # before getexif, which decodes it
             # Not exif_transpose, which writes all metadata anew and fails where any of it is odd.
             turn = UPRIGHT.get(image.getexif().get(ExifTags.Base.Orientation, 1))
-            upright = image if turn is None else image.transpose(turn)
-            if upright.mode.startswith("I;16"):  # Pillow would cut the values off at 255
-                upright = Image.fromarray((np.asarray(upright) >> 8).astype(np.uint8))
-            upright = upright.convert("RGB")
+            upright = opaque(image, deep)
+            upright = upright if turn is None else upright.transpose(turn)
             return np.asarray(ImageOps.fit(upright, (size, size), Image.Resampling.BICUBIC))
     except (OSError, ValueError, SyntaxError, MemoryError, Image.DecompressionBombError) as error:
         reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
         raise ValueError(f"{printable(path)} is no readable image ({reason})") from None
+
+
+def is_deep(image: Image.Image) -> bool:
+    """Whether an image that was just opened is a PNG file of 16 bits a channel."""
+    tiles = getattr(image, "tile", [])
+    return any(isinstance(tile.args, str) and tile.args.endswith(";16B") for tile in tiles)
+
+
+def opaque(image: Image.Image, deep: bool) -> Image.Image:
+    """An image as RGB over white.
+
+    Args:
+        deep: its file has 16 bits a channel, of which Pillow reads the upper 8 unless the image is grey.
+    """
+    if image.mode.startswith("I;16"):
+        return shades(np.asarray(image), image.info.get("transparency"))
+    plain = image.convert("RGBA") if image.has_transparency_data else image.convert("RGB")
+    if deep and np.asarray(plain)[..., :3].max() < DEEP_LEAST:
+        raise ValueError("16 bits a channel, of which the upper two are empty; save it with 8")
+    if plain.mode == "RGB":
+        return plain
+    white = Image.new("RGB", plain.size, "white")
+    white.paste(plain, mask=plain.getchannel("A"))
+    return white
+
+
+def shades(values: np.ndarray, transparent: int | None) -> Image.Image:
+    """A grey image of 16 bits as RGB over white.
+
+    Cameras and scanners of 10, 12 or 14 bits leave the upper ones empty: the least of these depths that
+    holds the greatest value becomes 0 to 255.
+
+    Args:
+        values: (H, W), 0 to 65535.
+        transparent: the value that stands for no colour.
+    """
+    depth = next(depth for depth in DEPTHS if int(values.max()) < 1 << depth)
+    grey = (values.astype(np.int64) >> (depth - 8)).astype(np.uint8)
+    if transparent is not None:
+        grey[values == transparent] = 255
+    return Image.fromarray(grey).convert("RGB")
 
 
 @contextlib.contextmanager

@@ -1,9 +1,12 @@
 """A user's own pictures: layouts, names, and what becomes of a picture."""
 
 import os
+import struct
 import subprocess
 import sys
+import zlib
 
+import numpy as np
 import pytest
 from PIL import Image
 
@@ -137,3 +140,133 @@ def test_a_file_whose_name_cannot_be_shown_is_named_escaped(tmp_path):
     done = subprocess.run([sys.executable, "-c", code], capture_output=True)
     last = done.stderr.splitlines()[-1]
     assert rb"caf\udce9.png is no readable" in last and rb"\x1b[2J\n.png is no readable" in last
+
+
+# What becomes of a picture
+
+
+def see_through(hidden):
+    """A grey square in a field of no colour, whose bytes hold one nevertheless."""
+    image = Image.new("RGBA", (64, 64), (*hidden, 0))
+    image.paste((90, 90, 90, 255), (16, 16, 48, 48))
+    return image
+
+
+def grey_over(background):
+    """The same square on a background."""
+    image = Image.new("RGB", (64, 64), background)
+    image.paste((90, 90, 90), (16, 16, 48, 48))
+    return image
+
+
+def keyed(image, colour):
+    """The same picture without alpha, in which one colour stands for none."""
+    flat = Image.new("RGB", image.size, colour)
+    flat.paste(image, mask=image.getchannel("A"))
+    return flat
+
+
+def save_see_through(path, kind, hidden):
+    """One picture in the ways in which files can say that some of it is transparent."""
+    image = see_through(hidden)
+    if kind in ("RGBA", "webp", "frame"):
+        image.save(path, lossless=True)
+    elif kind == "LA":
+        image.convert("LA").save(path)
+    elif kind == "colour key":
+        keyed(image, hidden).save(path, transparency=hidden)
+    elif kind == "grey key":
+        keyed(image, (hidden[1],) * 3).convert("L").save(path, transparency=hidden[1])
+    elif kind == "16 bits":
+        deep = np.asarray(keyed(image, (7, 7, 7)).convert("L")).astype(np.uint16) * 257
+        Image.fromarray(deep).save(path, transparency=7 * 257)
+    elif kind == "animated":
+        image.save(path, save_all=True, append_images=[Image.new("RGBA", (64, 64), "red")])
+    else:
+        image.quantize(8).save(path)
+
+
+KINDS = ("RGBA.png", "webp.webp", "LA.png", "colour key.png", "grey key.png", "16 bits.png")
+
+
+@pytest.mark.parametrize("name", [*KINDS, "palette.png", "frame.gif", "animated.gif", "animated.png"])
+@pytest.mark.parametrize("hidden", [(0, 255, 0), (255, 0, 0), (0, 0, 0)])
+@pytest.mark.parametrize("size", [64, 20])
+def test_what_is_transparent_is_white_whatever_colour_is_hidden_there(name, hidden, size, tmp_path):
+    save_see_through(tmp_path / name, name.partition(".")[0], hidden)
+    grey_over("white").save(tmp_path / "plain.png")
+    expected = folder.read_image(tmp_path / "plain.png", size).astype(int)
+    assert np.abs(folder.read_image(tmp_path / name, size) - expected).max() <= 2
+
+
+def test_a_picture_that_is_wholly_transparent_is_white(tmp_path):
+    Image.new("1", (64, 64)).save(tmp_path / "bits.png", transparency=0)
+    assert (folder.read_image(tmp_path / "bits.png", 8) == 255).all()
+
+
+def test_what_is_half_transparent_is_half_white(tmp_path):
+    Image.new("RGBA", (9, 9), (0, 0, 200, 128)).save(tmp_path / "half.png")
+    assert (
+        np.abs(folder.read_image(tmp_path / "half.png", 9)[0, 0] - np.array([127, 127, 227])).max() <= 1
+    )
+
+
+@pytest.mark.parametrize("mode", ["RGB", "RGBA"])
+def test_opaque_pictures_are_read_as_before(mode, sample, tmp_path):
+    Image.fromarray(sample.images[0]).convert(mode).save(tmp_path / "x.png")
+    assert np.array_equal(folder.read_image(tmp_path / "x.png", 32), sample.images[0])
+
+
+def test_the_colours_of_print_are_those_of_the_screen(tmp_path):
+    Image.new("CMYK", (16, 16), (0, 255, 255, 0)).save(tmp_path / "red.jpg")
+    assert np.abs(folder.read_image(tmp_path / "red.jpg", 8) - np.array([255, 0, 0])).max() <= 2
+
+
+@pytest.mark.parametrize(
+    ("bits", "shown"), [(8, 255), (10, 255), (12, 255), (14, 255), (16, 255), (15, 127), (11, 127)]
+)
+def test_grey_pictures_of_few_bits_in_a_file_of_16_keep_their_shades(bits, shown, tmp_path):
+    values = np.linspace(0, 2**bits - 1, 64 * 64).astype(np.uint16).reshape(64, 64)
+    Image.fromarray(values).save(tmp_path / "deep.png")
+    found = folder.read_image(tmp_path / "deep.png", 64)
+    assert found.max() == shown and len(np.unique(found)) == shown + 1
+    assert np.abs(found[..., 0] - values.astype(int) * shown / values.max()).max() <= 1
+
+
+def write_png(path, values, colour_type, key=()):
+    """A PNG file of 16 bits a channel, which Pillow can read and not write; `key` is transparent."""
+    height, width = values.shape[:2]
+    rows = b"".join(b"\0" + row.astype(">u2").tobytes() for row in values)
+    chunks = [
+        (b"IHDR", struct.pack(">IIBBBBB", width, height, 16, colour_type, 0, 0, 0)),
+        *([(b"tRNS", struct.pack(f">{len(key)}H", *key))] if key else []),
+        (b"IDAT", zlib.compress(rows)),
+        (b"IEND", b""),
+    ]
+    raw = b"\x89PNG\r\n\x1a\n"
+    for name, content in chunks:
+        raw += struct.pack(">I", len(content)) + name + content
+        raw += struct.pack(">I", zlib.crc32(name + content))
+    path.write_bytes(raw)
+
+
+@pytest.mark.parametrize(("channels", "colour_type"), [(2, 4), (3, 2), (4, 6)])
+def test_colours_of_16_bits_are_read_and_those_of_12_refused(channels, colour_type, tmp_path):
+    values = np.linspace(0, 65535, 64).astype(int)[:, None, None].repeat(64, 1).repeat(channels, 2)
+    values[..., channels - 1 if channels != 3 else 3 :] = 65535
+    write_png(tmp_path / "full.png", values, colour_type)
+    found = folder.read_image(tmp_path / "full.png", 64)
+    assert np.abs(found[..., 0] - (values[..., 0] >> 8)).max() <= 1
+    write_png(tmp_path / "low.png", values >> 4, colour_type)
+    with pytest.raises(
+        ValueError, match=r"low.png is no readable image \(16 bits a channel, .*; save it"
+    ):
+        folder.read_image(tmp_path / "low.png", 64)
+
+
+def test_a_transparent_colour_of_16_bits_is_white_too(tmp_path):
+    values = np.full((16, 16, 3), 40_000)
+    values[4:12, 4:12] = (65535, 0, 257)
+    write_png(tmp_path / "key.png", values, 2, key=(65535, 0, 257))
+    found = folder.read_image(tmp_path / "key.png", 16)
+    assert (found[5:11, 5:11] == 255).all() and (found[0] == 40_000 >> 8).all()
