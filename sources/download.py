@@ -6,7 +6,7 @@ import subprocess
 import tarfile
 import time
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from http.client import HTTPException
 from pathlib import Path
 
@@ -32,6 +32,23 @@ def download(url: str, target: Path) -> Path:
                 if seconds > PATIENCE and file.tell() / seconds < SLOWEST:
                     raise TimeoutError(f"gave up at {file.tell() / seconds / 1000:.0f} kB/s")
     return target
+
+
+def read_members(archive: Path, names: Collection[str]) -> dict[str, bytes]:
+    """The content of some plain files of a tar archive, by their names there; nothing is unpacked.
+
+    Raises:
+        ValueError: the archive lacks one.
+    """
+    content = {}
+    with tarfile.open(archive) as opened:
+        for member in opened:
+            file = opened.extractfile(member) if member.isfile() and member.name in names else None
+            if file is not None:
+                content[member.name] = file.read()
+    if missing := [name for name in names if name not in content]:
+        raise ValueError(f"{archive.name} has no file {', '.join(missing)}")
+    return content
 
 
 def run_watched(command: list[str], scratch: Path, size: int) -> None:

