@@ -65,6 +65,7 @@ def load_fetched(dataset: str, split: str, root: Path) -> Split:
 def fetch(dataset: str, split: str, root: Path) -> Any:
     """Torchvision's own object for a split; one process downloads, the others wait."""
     facts = FETCHED[dataset]
+    refuse_unreadable(root, facts)
     kind = getattr(import_datasets(), facts.kind)
     with contextlib.suppress(*SOURCE_ERRORS):
         if not damaged(root, facts.unpacked):
@@ -80,6 +81,24 @@ def fetch(dataset: str, split: str, root: Path) -> Any:
         why = " ".join(str(error).split())
     files = ", ".join(facts.files)
     raise OSError(f"{dataset} could not be had ({why}); put {files} into {root} by hand")
+
+
+def refuse_unreadable(root: Path, facts: Fetched) -> None:
+    """Refuse what torchvision would read unchecked, or wait for.
+
+    Raises:
+        OSError: what is in the way; it is to be removed.
+    """
+    legacy = (
+        root / facts.kind / "processed"
+    )  # of MNIST and its relatives, left by old versions of torchvision
+    if legacy.exists():
+        raise OSError(f"{legacy} is an old copy without checksums, which torchvision prefers: remove it")
+    for place in (root / name for name in facts.files):
+        for found in place.parent.glob(place.name.partition(".")[0] + "*"):
+            for path in (found, *found.rglob("*")):
+                if path.exists() and not path.is_file() and not path.is_dir():
+                    raise OSError(f"{path} is neither a file nor a folder: remove it")
 
 
 def damaged(root: Path, checksums: dict[str, str]) -> list[Path]:

@@ -667,6 +667,41 @@ def test_a_damaged_file_of_a_dataset_is_replaced_or_refused(made, tmp_path, serv
     assert_holds(name, tmp_path, splits)
 
 
+@pytest.mark.parametrize("made", ["fashion_mnist"], indirect=True)
+@pytest.mark.parametrize("raw", [True, False])
+def test_an_old_copy_that_nothing_checks_is_refused(made, tmp_path, raw):
+    name, files, splits = made
+    if raw:
+        assert_holds(name, put(tmp_path, files), splits)
+    old = tmp_path / "FashionMNIST/processed"
+    old.mkdir(parents=True)
+    for file in ("training.pt", "test.pt"):
+        images = torch.zeros(8, 28, 28, dtype=torch.uint8)
+        torch.save((images, torch.arange(8)), old / file)
+    for part in splits:
+        with pytest.raises(OSError, match="processed is an old copy without checksums.*: remove it"):
+            load_split(name, part, tmp_path)
+    assert len(FashionMNIST(tmp_path).data) == 8  # torchvision does read it
+    shutil.rmtree(old)
+    assert_holds(name, put(tmp_path, files), splits)
+
+
+@pytest.mark.usefixtures("collected", "no_wait")
+@pytest.mark.filterwarnings("ignore:unclosed:ResourceWarning")
+def test_a_pipe_in_the_place_of_a_file_of_a_dataset_is_not_waited_for(made, tmp_path, server):
+    name, files, splits = made
+    server[1].update({f"/{path}": content for path, content in files.items()})
+    assert_holds(name, put(tmp_path, files), splits)
+    for path in [path for path in tmp_path.rglob("*") if path.suffix != ".lock" and path.is_file()]:
+        content = path.read_bytes()
+        pipe(path)
+        with pytest.raises(OSError, match="neither a file nor a folder: remove it"):
+            load_split(name, "train", tmp_path)
+        path.unlink()
+        path.write_bytes(content)
+    assert_holds(name, tmp_path, splits)
+
+
 @pytest.mark.usefixtures("collected")
 @pytest.mark.filterwarnings("ignore:unclosed:ResourceWarning")
 @pytest.mark.parametrize("made", ["cifar100"], indirect=True)
