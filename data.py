@@ -3,8 +3,10 @@
 import os
 import random
 import re
+import shutil
 import signal
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any, NamedTuple, Protocol, cast
 
 import cv2
@@ -91,6 +93,11 @@ def set_random_state(loader: Any, state: dict) -> None:
 
 # The streams of random numbers: order = f(seed, epoch), augmentation = f(seed, epoch, position).
 ORDER, AUGMENTATION = 0, 1
+
+
+SHARED_MEMORY = Path("/dev/shm")  # where worker processes of Linux put their batches
+PREFETCHED = 2  # batches that each worker prepares ahead
+BATCH_TIMEOUT = 300  # seconds; a batch that takes longer never comes
 
 
 class EpochSampler(Sampler):
@@ -305,6 +312,29 @@ def set_up_worker(worker: int) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
+def check_shared_memory(samples: Samples, workers: int) -> None:
+    """Refuse more batches in worker processes than the memory holds in which they are handed over.
+
+    A worker that finds it full is killed, and nobody says why.
+
+    Raises:
+        ValueError: what is needed, what is there, and what to do.
+    """
+    if not SHARED_MEMORY.is_dir():  # only Linux has it
+        return
+    batches = workers * PREFETCHED + 2  # two more are in the hands of the training
+    size = min(samples.batch_size, len(samples.split))
+    needed = batches * size * (samples.image(1, 0, 0).nbytes + 8)  # and 8 bytes of label
+    free = shutil.disk_usage(SHARED_MEMORY).free
+    if needed > free:
+        raise ValueError(
+            f"{workers} workers hand over {batches} batches of {size} images, "
+            f"{needed / 2**20:,.0f} MiB, in {SHARED_MEMORY}, where {free / 2**20:,.0f} MiB are free: "
+            "take fewer --workers or a smaller --batch-size, or give a container more "
+            "(docker run --shm-size 1g)"
+        )
+
+
 def make_loader(
     split: Split, transform: Any, device: torch.device | str, config: Config, shuffle: bool = False
 ) -> DataLoader:
@@ -324,12 +354,16 @@ def make_loader(
         dataset = Batches(split, program, device, size, config.seed, shuffle)
         return DataLoader(dataset, **common)
     workers = config.workers or min(2, os.cpu_count() or 1)
+    samples = Samples(split, transform, size, config.seed, shuffle)
+    check_shared_memory(samples, workers)
     if not program:
         print(f"augmentation runs image by image in {workers} processes: {reason}")
     return DataLoader(
-        Samples(split, transform, size, config.seed, shuffle),
+        samples,
         **common,
         num_workers=workers,
+        prefetch_factor=PREFETCHED,
+        timeout=BATCH_TIMEOUT,
         worker_init_fn=set_up_worker,
         persistent_workers=True,
         pin_memory=torch.device(device).type == "cuda",

@@ -13,6 +13,7 @@ import signal
 import struct
 import tarfile
 import threading
+import time
 from base64 import b64encode
 from hashlib import md5, sha256, sha512
 from pathlib import Path
@@ -1025,6 +1026,56 @@ def test_an_unknown_pipeline_runs_in_workers_and_says_so(sample, capsys):
     assert next(iter(loader))[0].shape == (32, 3, 32, 32)
     printed = capsys.readouterr().out
     assert "augmentation runs image by image in" in printed and "Rotate is unknown" in printed
+
+
+@pytest.mark.filterwarnings("ignore:This DataLoader will create 8:UserWarning")
+@pytest.mark.parametrize(
+    ("transform", "workers", "batch", "bytes_each"),
+    [
+        (train_transform(), 8, 32, 3 * 32 * 32 * 4),
+        (train_transform(), 1, 128, 3 * 32 * 32 * 4),
+        (train_transform(), 2, 4096, 3 * 32 * 32 * 4),  # more than there are images
+        (A.Compose([A.Resize(96, 64), A.Normalize(), ToTensorV2()]), 2, 16, 3 * 96 * 64 * 4),
+    ],
+)
+@pytest.mark.parametrize("shuffle", [True, False])
+def test_batches_that_shared_memory_cannot_hold_are_refused_before_a_worker_starts(
+    transform, workers, batch, bytes_each, shuffle, sample, monkeypatch
+):
+    program = vectorize(transform)[0]
+    needed = (2 * workers + 2) * min(batch, len(sample)) * (bytes_each + 8)
+    config = Config(workers=workers, batch_size=batch)
+    usage = shutil.disk_usage("/")
+    for free in (needed, needed - 1):
+        monkeypatch.setattr(data.shutil, "disk_usage", lambda path, free=free: usage._replace(free=free))
+        if free == needed or (program and not shuffle):
+            loader = make_loader(sample, transform, "cpu", config, shuffle)
+            assert loader.num_workers == (0 if program and not shuffle else workers)
+            continue
+        message = f"{workers} workers hand over .* in /dev/shm, where .* free: take fewer --workers or a"
+        with pytest.raises(ValueError, match=message) as caught:
+            make_loader(sample, transform, "cpu", config, shuffle)
+        assert "\n" not in str(caught.value)
+
+
+def test_where_there_is_no_shared_memory_nothing_is_asked(sample, monkeypatch, tmp_path):
+    monkeypatch.setattr(data, "SHARED_MEMORY", tmp_path / "absent")
+    monkeypatch.setattr(data.shutil, "disk_usage", None)
+    assert loader_of(sample, workers=2).num_workers == 2
+
+
+def asleep(image, **_):
+    """A step of an augmentation that does not end."""
+    time.sleep(60)
+
+
+def test_a_batch_that_never_comes_ends_the_wait(sample, monkeypatch):
+    monkeypatch.setattr(data, "BATCH_TIMEOUT", 1)
+    compose = A.Compose([A.Lambda(image=asleep), A.Normalize(), ToTensorV2()])
+    monkeypatch.setattr(data, "check_shared_memory", lambda *_: None)  # it would sleep, too
+    loader = make_loader(sample, compose, "cpu", Config(workers=1, batch_size=8), shuffle=True)
+    with pytest.raises(RuntimeError, match="timed out after 1 seconds"):
+        next(iter(loader))
 
 
 def test_batches_are_the_default_and_workers_can_be_asked_for(sample):
