@@ -12,6 +12,7 @@ from typing import Any, NoReturn
 from files import read_bytes
 from models import MODELS
 from sources import DATASETS
+from sources.folder import FITS
 from utils import choose, nearest
 
 # Where a run is kept and how often: fields that say nothing about what it is.
@@ -23,6 +24,7 @@ MAY_DIFFER = ("data", "device")
 CHOICES = {
     "model": tuple(MODELS),
     "dataset": tuple(DATASETS),
+    "fit": tuple(FITS),
     "optimizer": ("adam", "adamw", "sgd", "muon"),
     "scheduler": ("onecycle", "none"),
     "lr_rule": ("steepest", "valley", "minimum_over_ten", "minimum"),
@@ -87,6 +89,7 @@ class Config:
     dataset: str = setting("cifar10", "", group="data")
     data: str = setting("datasets", "folder that holds the dataset, or to download it to")
     image_size: int = setting(32, "side that a folder's images are resized to, pixels", low=8, high=1024)
+    fit: str = setting("squeeze", "for a folder's images that are not square")
     val_split: float = setting(
         0.0, "fraction of the training images held out for validation", low=0, high=0.9
     )
@@ -164,6 +167,8 @@ class Config:
             raise ValueError("tta averages with mirror images, which training without flip never shows")
         if self.dataset != "folder" and self.image_size != 32:
             raise ValueError(f"image_size is the folder dataset's; {self.dataset} is 32 px")
+        if self.dataset != "folder" and self.fit != Config.fit:
+            raise ValueError(f"fit is the folder dataset's; the images of {self.dataset} are square")
 
     @property
     def model_options(self) -> dict:

@@ -161,8 +161,8 @@ class Batches(Dataset):
         self.epoch_cache: tuple[int, Tensor, AugmentParams] | None = None
 
     def describe(self) -> str:
-        """The augmentation in words, the same in every process."""
-        return repr(self.program)
+        """What is done to the images, in words that are the same in every process."""
+        return "; ".join(filter(None, (repr(self.program), self.split.prepared)))
 
     def __getitem__(self, key: tuple[int, int]) -> tuple[Tensor, Tensor]:
         epoch, batch = key
@@ -195,12 +195,13 @@ class Samples(Dataset):
         self.batch_size, self.seed, self.shuffle = batch_size, seed, shuffle
 
     def describe(self) -> str:
-        """The augmentation in words, the same in every process."""
+        """What is done to the images, in words that are the same in every process."""
         transforms = self.compose.transforms
         try:
-            return re.sub(" at 0x[0-9a-f]+", "", repr(transforms))  # addresses of functions
+            words = re.sub(" at 0x[0-9a-f]+", "", repr(transforms))  # addresses of functions
         except ValueError:  # Albumentations cannot write a nested function down
-            return ", ".join(type(transform).__name__ for transform in transforms)
+            words = ", ".join(type(transform).__name__ for transform in transforms)
+        return "; ".join(filter(None, (words, self.split.prepared)))
 
     def __getitem__(self, key: tuple[int, int]) -> tuple[Tensor, Tensor]:
         epoch, batch = key
@@ -268,7 +269,7 @@ def make_loaders(config: Config, device: torch.device | str = "cpu", transform: 
         OSError: the data could not be had.
     """
     train, test = (
-        load_split(config.dataset, part, config.data, image_size=config.image_size)
+        load_split(config.dataset, part, config.data, image_size=config.image_size, fit=config.fit)
         for part in ("train", "test")
     )
     validation = None

@@ -142,7 +142,8 @@ def predict_command(argv: list[str]) -> None:
                 f"{given.weights} is taken for a run: which images? give one file or more after it"
             )
         model, card, device = read_model(given)
-        images, faults = read_each(given.images, card["image_size"])
+        fit = card.get("config", {}).get("fit", "crop")  # which older runs did
+        images, faults = read_each(given.images, card["image_size"], fit)
     if images:
         stack = np.stack(list(images.values()))
         probabilities = predict_images(model, device, stack, card, given.precision)
@@ -153,12 +154,12 @@ def predict_command(argv: list[str]) -> None:
         raise ValueError("; ".join(faults))
 
 
-def read_each(paths: list[str], size: int) -> tuple[dict[str, np.ndarray], list[str]]:
+def read_each(paths: list[str], size: int, fit: str) -> tuple[dict[str, np.ndarray], list[str]]:
     """The images that can be read, by path, and what is wrong with the others."""
     images, faults = {}, []
     for path in paths:
         try:
-            images[path] = read_image(path, size)
+            images[path] = read_image(path, size, fit)
         except (ValueError, OSError) as error:
             faults.append(reason(error))
     return images, faults

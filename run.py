@@ -278,7 +278,8 @@ def test_images(
     Raises:
         ValueError: the weights know other classes, or the images are not the run's own.
     """
-    split = load_split(config.dataset, "test", config.data, image_size=config.image_size)
+    size, fit = config.image_size, config.fit
+    split = load_split(config.dataset, "test", config.data, image_size=size, fit=fit)
     if list(split.classes) != card["classes"]:
         raise ValueError(f"the weights know {card['classes']}, not {list(split.classes)}")
     if own:

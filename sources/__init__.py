@@ -12,14 +12,18 @@ from utils import choose
 __all__ = ["DATASETS", "Split", "load_split", "statistics"]
 
 
-def fetched(name: str) -> Callable[[str, Path, int], Split]:
+Load = Callable[[str, Path, int, str], Split]
+
+
+def fetched(name: str) -> Load:
     """How a dataset of torchvision's is loaded; its images have their size already."""
-    return lambda split, root, _: load_fetched(name, split, root)
+    return lambda split, root, *_: load_fetched(name, split, root)
 
 
-# Each is called with the split, the folder of the data and the side of its images in pixels.
-DATASETS: dict[str, Callable[[str, Path, int], Split]] = {
-    "cifar10": lambda split, root, _: load_cifar10(split, root),
+# Each is called with the split, the folder of the data, the side of its images in pixels, and how
+# pictures become square.
+DATASETS: dict[str, Load] = {
+    "cifar10": lambda split, root, *_: load_cifar10(split, root),
     "cifar10-sample": lambda split, *_: load_sample(split),
     **{name: fetched(name) for name in FETCHED},
     "folder": load_folder,
@@ -27,7 +31,12 @@ DATASETS: dict[str, Callable[[str, Path, int], Split]] = {
 
 
 def load_split(
-    dataset: str, split: str, root: str | Path = "datasets", *, image_size: int = 32
+    dataset: str,
+    split: str,
+    root: str | Path = "datasets",
+    *,
+    image_size: int = 32,
+    fit: str = "squeeze",
 ) -> Split:
     """Load the training or test images of a dataset, fetching it if `root` has no whole copy.
 
@@ -38,6 +47,7 @@ def load_split(
         split: "train" or "test".
         root: folder of the data.
         image_size: side that a folder's images are resized to, pixels.
+        fit: what is done to a folder's pictures that are not square: "squeeze", "pad" or "crop".
 
     Raises:
         ValueError: unknown name, or unusable images; the message names them.
@@ -45,4 +55,4 @@ def load_split(
     """
     choose("split", split, ("train", "test"))
     choose("dataset", dataset, DATASETS)
-    return DATASETS[dataset](split, Path(root), image_size)
+    return DATASETS[dataset](split, Path(root), image_size, fit)

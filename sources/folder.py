@@ -14,6 +14,7 @@ from tqdm import tqdm
 
 from files import printable
 from sources.split import Split, check_names, stratified_split
+from utils import choose
 
 IMAGE_FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF")
 # Names of folders that hold a part of the data, not a class; words such as "set" may stand beside them.
@@ -26,6 +27,13 @@ BESIDE = ("set", "split", "data", "dataset", "images", "image", "imgs", "img", "
 # Folders that programs leave behind, besides hidden ones; they are not looked at.
 LEFT_BEHIND = ("__macosx", "__pycache__", "lost+found", "@eadir", "$recycle.bin")
 MOST_PIXELS = 50_000_000  # of an image file; more is refused before it is decoded
+# What can be done to a picture that is not square, in words.
+FITS = {
+    "squeeze": "squeezed to a square",
+    "pad": "padded with grey to a square",
+    "crop": "cropped to the square in their middle",
+}
+PADDING = (128, 128, 128)
 DEPTHS = (8, 10, 12, 14, 16)  # bits of a grey value, as sensors have them
 DEEP_LEAST = 64  # of the brightest 8 bits of a colour image of 16: under it, its data have 14 or fewer
 # The turn that shows a photograph upright, by the orientation in its metadata; 1 needs none.
@@ -33,10 +41,14 @@ _TURNS = "FLIP_LEFT_RIGHT ROTATE_180 FLIP_TOP_BOTTOM TRANSPOSE ROTATE_270 TRANSV
 UPRIGHT = {number: Image.Transpose[name] for number, name in enumerate(_TURNS, 2)}
 
 
-def load_folder(split: str, root: Path, image_size: int) -> Split:
-    """A user's own images: one folder a class, files of any size."""
+def load_folder(split: str, root: Path, image_size: int, fit: str) -> Split:
+    """A user's own images: one folder a class, files of any size.
+
+    With the training images it prints how many became what.
+    """
     if not root.is_dir():
         raise ValueError(f"there is no folder {printable(root)}")
+    choose("fit", fit, FITS)
     tell = split == "train"  # once a run
     if parts := find_parts(root):
         (classes, train), (others, test) = (list_images(part, tell) for part in parts)
@@ -50,7 +62,36 @@ def load_folder(split: str, root: Path, image_size: int) -> Split:
         sides = stratified_split(np.array([label for _, label in files]), 0.2, seed=0)
         train, test = ([files[i] for i in side] for side in sides)
     wanted, unwanted = (train, test) if split == "train" else (test, train)
-    return read_images(classes, wanted, image_size, unwanted)
+    images, ratios = read_images(wanted, image_size, fit, unwanted)
+    if tell:
+        how = f"as {listed(part.name for part in parts)} hold them" if parts else "a fifth of each class"
+        print(f"{printable(root)}: {counts(classes, train, test)}; {how}")
+        tell_shapes(ratios, fit)
+    labels = np.array([label for _, label in wanted])
+    names = tuple(printable(path.relative_to(root)) for path, _ in wanted)
+    prepared = f"images that are not square are {FITS[fit]}" if max(ratios) > 1 else ""
+    return Split(images, labels, classes, names, prepared)
+
+
+def counts(
+    classes: Sequence[str], train: Sequence[tuple[Path, int]], test: Sequence[tuple[Path, int]]
+) -> str:
+    """How many training and test images there are, and of each class."""
+    each = [np.bincount([label for _, label in part], minlength=len(classes)) for part in (train, test)]
+    rows = (f"{name} {a:,} + {b:,}" for name, a, b in zip(classes, *each, strict=True))
+    return f"{len(train):,} training + {len(test):,} test images: {listed(rows)}"
+
+
+def tell_shapes(ratios: Sequence[float], fit: str) -> None:
+    """Print how many training images are not square, if any, and what is done to them."""
+    odd = [ratio for ratio in ratios if ratio > 1]
+    if not odd:
+        return
+    ways = " or ".join(f"--fit {other}" for other in FITS if other != fit)
+    print(
+        f"{len(odd):,} of {len(ratios):,} training images are not square (up to {max(odd):.2f} : 1) and "
+        f"are {FITS[fit]}; {ways} does otherwise"
+    )
 
 
 def find_parts(root: Path) -> tuple[Path, Path] | None:
@@ -195,41 +236,71 @@ def check_layout(folder: Path, classes: Sequence[str], files: Sequence[tuple[Pat
 
 
 def read_images(
-    classes: tuple[str, ...],
-    files: Sequence[tuple[Path, int]],
-    image_size: int,
-    others: Sequence[tuple[Path, int]] = (),
-) -> Split:
+    files: Sequence[tuple[Path, int]], image_size: int, fit: str, others: Sequence[tuple[Path, int]] = ()
+) -> tuple[np.ndarray, list[float]]:
     """Read and resize them all; the unreadable ones are named, with those of `others`, another split.
+
+    Returns:
+        uint8 (N, image_size, image_size, 3), and the longer side / the shorter one of each file.
 
     Raises:
         ValueError: names five of them; if there are more, all were printed, one a line.
     """
-    images, bad = read_all(files, image_size)
+    images, ratios, bad = read_all(files, image_size, fit)
     if bad:
-        bad += read_all(others, image_size)[1]
+        bad += read_all(others, image_size, fit)[2]
         more = ""
         if len(bad) > 5:
             print(*bad, sep="\n")
             more = f"; and {len(bad) - 5} more, listed above"
         total = len(files) + len(others)
         raise ValueError(f"{len(bad)} of {total} files cannot be used: {'; '.join(bad[:5])}{more}")
-    return Split(np.stack(images), np.array([label for _, label in files]), classes)
+    return np.stack(images), ratios
 
 
-def read_all(files: Sequence[tuple[Path, int]], image_size: int) -> tuple[list[np.ndarray], list[str]]:
-    """The images that can be read, and what is wrong with each of the others."""
-    images, bad = [], []
+def read_all(
+    files: Sequence[tuple[Path, int]], image_size: int, fit: str
+) -> tuple[list[np.ndarray], list[float], list[str]]:
+    """The images that can be read, the ratios of their sides, and what is wrong with the others."""
+    images, ratios, bad = [], [], []
     for path, _ in tqdm(files, desc="reading", unit="image", disable=None, leave=False):
         try:
-            images.append(read_image(path, image_size))
+            image = open_image(path)
+            images.append(to_square(image, image_size, fit))
+            ratios.append(max(image.size) / min(image.size))
         except ValueError as error:
             bad.append(str(error))
-    return images, bad
+    return images, ratios, bad
 
 
-def read_image(path: str | Path, size: int) -> np.ndarray:
-    """Any image file as uint8 (size, size, 3): turned upright, RGB, scaled to fill and cut to square.
+def read_image(path: str | Path, size: int, fit: str = "squeeze") -> np.ndarray:
+    """Any image file as uint8 (size, size, 3): turned upright, RGB over white, made square.
+
+    Args:
+        size: pixels.
+        fit: what is done to a picture that is not square: "squeeze", "pad" or "crop".
+
+    Raises:
+        ValueError: no file, no image, or more than `MOST_PIXELS` pixels.
+    """
+    return to_square(open_image(path), size, fit)
+
+
+def to_square(image: Image.Image, size: int, fit: str) -> np.ndarray:
+    """An RGB image as uint8 (size, size, 3); a square one is the same whatever the `fit`."""
+    if fit == "crop":
+        return np.asarray(ImageOps.fit(image, (size, size), Image.Resampling.BICUBIC))
+    if fit == "squeeze":
+        return np.asarray(image.resize((size, size), Image.Resampling.BICUBIC))
+    width, height = (max(1, round(side * size / max(image.size))) for side in image.size)
+    square = Image.new("RGB", (size, size), PADDING)
+    inner = image.resize((width, height), Image.Resampling.BICUBIC)
+    square.paste(inner, ((size - width) // 2, (size - height) // 2))
+    return np.asarray(square)
+
+
+def open_image(path: str | Path) -> Image.Image:
+    """Any image file, decoded: turned upright, RGB.
 
     What is transparent becomes white, as a page shows it. Of an animation the first picture is read.
 
@@ -246,8 +317,7 @@ def read_image(path: str | Path, size: int) -> np.ndarray:
             # Not exif_transpose, which writes all metadata anew and fails where any of it is odd.
             turn = UPRIGHT.get(image.getexif().get(ExifTags.Base.Orientation, 1))
             upright = opaque(image, deep)
-            upright = upright if turn is None else upright.transpose(turn)
-            return np.asarray(ImageOps.fit(upright, (size, size), Image.Resampling.BICUBIC))
+            return upright if turn is None else upright.transpose(turn)
     except (OSError, ValueError, SyntaxError, MemoryError, Image.DecompressionBombError) as error:
         reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
         raise ValueError(f"{printable(path)} is no readable image ({reason})") from None

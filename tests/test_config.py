@@ -127,6 +127,8 @@ def test_a_field_of_another_type_is_refused(field, value, message):
         (["--seed", "-1"], "seed must be at least 0"),
         (["--model", "resnet18", "--dropout", "0.1"], "dropout and bias are custom_resnet's"),
         (["--dataset", "svhn", "--image-size", "64"], "the folder dataset's; svhn is 32 px"),
+        (["--fit", "pad"], "fit is the folder dataset's; the images of cifar10 are square"),
+        (["--dataset", "folder", "--fit", "stretch"], "unknown fit 'stretch'; choose from squeeze"),
         (["--image-size", "64"], "image_size is the folder dataset's"),
         (["--epoch", "3"], "unrecognized arguments: --epoch 3"),
     ],

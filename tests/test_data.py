@@ -774,7 +774,11 @@ def test_a_folder_with_train_and_test_keeps_them(folder, tmp_path_factory, capsy
     assert len(load_split("folder", "train", root)) == len(load_split("folder", "test", root)) == 30
     (root / "val").mkdir()
     load_split("folder", "train", root)
-    assert capsys.readouterr().out.endswith(f"{root}: passed over val\n")
+    printed = capsys.readouterr().out
+    assert f"{root}: passed over val\n" in printed
+    assert (
+        "30 training + 30 test images: ant 10 + 10, bee 10 + 10, cow 10 + 10; as train, test" in printed
+    )
     shutil.rmtree(root / "test" / "cow")
     with pytest.raises(ValueError, match="the same classes, but only .*train has cow$"):
         load_split("folder", "train", root)
@@ -814,7 +818,8 @@ def test_files_of_other_formats_are_counted_and_hidden_ones_are_not(folder, caps
     shutil.copy(next((folder / "cow").glob("*.jpg")), folder / "cow" / ".ipynb_checkpoints")
     assert len(load_split("folder", "train", folder)) + len(load_split("folder", "test", folder)) == 30
     printed = capsys.readouterr().out
-    assert printed.count("\n") == 1 and printed.endswith("GIF: .tif 2, .txt 1\n")
+    assert printed.splitlines()[0].endswith("GIF: .tif 2, .txt 1")
+    assert "24 training + 6 test images: ant 8 + 2, bee 8 + 2, cow 8 + 2; a fifth of each" in printed
 
 
 @pytest.mark.parametrize("names", [("train",), ("test",), ("train", "val")])

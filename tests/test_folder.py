@@ -5,11 +5,14 @@ import struct
 import subprocess
 import sys
 import zlib
+from dataclasses import replace
 
 import numpy as np
 import pytest
 from PIL import Image
 
+from config import Config
+from data import make_loaders
 from sources import folder, load_split
 
 
@@ -270,3 +273,90 @@ def test_a_transparent_colour_of_16_bits_is_white_too(tmp_path):
     write_png(tmp_path / "key.png", values, 2, key=(65535, 0, 257))
     found = folder.read_image(tmp_path / "key.png", 16)
     assert (found[5:11, 5:11] == 255).all() and (found[0] == 40_000 >> 8).all()
+
+
+# Pictures that are not square, and the files they come from
+
+FITS = ("squeeze", "pad", "crop")
+
+
+def striped(width, height):
+    """Red at the ends of the longer side, green between them."""
+    image = Image.new("RGB", (width, height), (0, 255, 0))
+    if width > height:
+        image.paste((255, 0, 0), (0, 0, width // 4, height))
+        image.paste((255, 0, 0), (width - width // 4, 0, width, height))
+    else:
+        image.paste((255, 0, 0), (0, 0, width, height // 4))
+        image.paste((255, 0, 0), (0, height - height // 4, width, height))
+    return image
+
+
+@pytest.mark.parametrize("size", [(40, 20), (20, 40), (800, 400), (12, 24)])
+def test_what_is_not_square_is_squeezed_padded_or_cropped(size, tmp_path):
+    striped(*size).save(tmp_path / "x.png")
+    turn = (lambda x: x) if size[0] > size[1] else (lambda x: x.transpose(1, 0, 2))
+    read = {fit: turn(folder.read_image(tmp_path / "x.png", 32, fit)).astype(int) for fit in folder.FITS}
+    assert all(image.shape == (32, 32, 3) for image in read.values())
+    red, green = np.array([255, 0, 0]), np.array([0, 255, 0])
+    ends, middle = [0, 1, -2, -1], slice(14, 18)
+    assert (np.abs(read["crop"][16, 2:-2] - green) < 60).all()  # its ends are gone
+    for fit, row in (("squeeze", 2), ("squeeze", 29), ("pad", 16)):
+        assert (np.abs(read[fit][row, ends] - red) < 60).all(), fit
+        assert (np.abs(read[fit][row, middle] - green) < 60).all(), fit
+    assert (read["pad"][[0, 7, 24, 31]] == 128).all()
+
+
+@pytest.mark.parametrize("size", [(1000, 1), (1, 1000)])
+@pytest.mark.parametrize("fit", FITS)
+def test_a_picture_of_any_shape_can_be_read(size, fit, tmp_path):
+    Image.new("RGB", size, (9, 9, 9)).save(tmp_path / "x.png")
+    assert folder.read_image(tmp_path / "x.png", 32, fit).shape == (32, 32, 3)
+
+
+@pytest.mark.parametrize("side", [7, 32, 100])
+def test_a_square_picture_is_the_same_whatever_the_fit(side, sample, tmp_path):
+    Image.fromarray(sample.images[3]).resize((side, side)).save(tmp_path / "x.png")
+    squeezed, padded, cropped = (folder.read_image(tmp_path / "x.png", 32, fit) for fit in folder.FITS)
+    assert np.array_equal(squeezed, padded) and np.array_equal(squeezed, cropped)
+
+
+@pytest.mark.parametrize("fit", FITS)
+def test_the_log_and_the_description_say_what_was_done_to_the_shape(fit, tmp_path, capsys):
+    fill(tmp_path, "a", "b", count=10)
+    for name in ("a/0.png", "b/0.png", "b/1.png", "a/1.png", "a/2.png", "b/2.png"):
+        striped(30, 10).save(tmp_path / name)
+    split = load_split("folder", "train", tmp_path, fit=fit)
+    odd = sum(name.endswith(("0.png", "1.png", "2.png")) for name in split.files)
+    printed = capsys.readouterr().out
+    assert (
+        f"{odd} of 16 training images are not square (up to 3.00 : 1) and are {folder.FITS[fit]}"
+        in printed
+    )
+    assert f"--fit {fit}" not in printed and printed.count("--fit") == 2
+    config = Config(dataset="folder", data=str(tmp_path), fit=fit, batch_size=8)
+    for workers in (0, 2):
+        loaders = make_loaders(replace(config, workers=workers))
+        described = loaders.train.dataset.describe()
+        assert described.endswith(f"; images that are not square are {folder.FITS[fit]}")
+
+
+def test_of_square_pictures_nothing_is_said(tmp_path, capsys):
+    split = load_split("folder", "train", fill(tmp_path, "a", "b", count=10))
+    assert "not square" not in capsys.readouterr().out and split.prepared == ""
+
+
+@pytest.mark.parametrize("parts", [("train/", "test/"), ("Training/", "Testing/"), ("", "")])
+def test_every_image_knows_its_file(parts, tmp_path):
+    fill(tmp_path, *(f"{part}{name}" for part in set(parts) for name in ("a", "b/deep")), count=10)
+    place = tmp_path / parts[0] / "a"
+    os.rename(place / "0.png", os.fsdecode(os.fsencode(place) + b"/caf\xe9\n.png"))
+    seen = set()
+    for split, part in zip(("train", "test"), parts, strict=True):
+        loaded = load_split("folder", split, tmp_path, image_size=12)
+        for name, label, image in zip(loaded.files, loaded.labels, loaded.images, strict=True):
+            assert name.startswith(f"{part}{('a', 'b')[label]}/") and name.isprintable()
+            if "\\" not in name:
+                assert np.array_equal(folder.read_image(tmp_path / name, 12), image)
+        seen |= set(loaded.files)
+    assert len(seen) == (40 if parts[0] else 20)
