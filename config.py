@@ -94,7 +94,7 @@ class Config:
         0.0, "fraction of the training images held out for validation", low=0, high=0.9
     )
     epochs: int = setting(24, "passes over the training images", group="training", low=1)
-    batch_size: int = setting(512, "images per step", low=2)
+    batch_size: int | None = setting(None, "images per step; none: 512, a folder fewer", low=2)
     optimizer: str = setting("adam", "update rule, sgd and muon with momentum 0.9")
     weight_decay: float = setting(
         0.0, "L2 penalty, not on norms and biases; decoupled with adamw, muon", low=0
@@ -142,6 +142,8 @@ class Config:
     def __post_init__(self) -> None:
         if self.flip is None:
             object.__setattr__(self, "flip", self.dataset != "svhn")
+        if self.batch_size is None and self.dataset != "folder":  # of a folder, once it is counted
+            object.__setattr__(self, "batch_size", 512)
         for name, kind in typing.get_type_hints(Config).items():
             kinds = typing.get_args(kind) or (kind,)
             value = getattr(self, name)

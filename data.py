@@ -6,6 +6,7 @@ import re
 import shutil
 import signal
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol, cast
 
@@ -253,6 +254,32 @@ def dataset_of(loader: DataLoader) -> Batches | Samples:
     return cast(Batches | Samples, loader.dataset)
 
 
+def fitting_batch(count: int) -> int:
+    """The largest power of two that gives `count` images eight batches or more, from 8 to 512.
+
+    Of fewer than 8 images it is the largest power of two of them; batch norm needs two.
+    """
+    most = min(max(count // 8, 8), 512, max(count, 2))
+    return 1 << (most.bit_length() - 1)
+
+
+def with_batch_size(config: Config, count: int) -> Config:
+    """The same run with a batch that fits `count` training images, if it has none yet.
+
+    Raises:
+        ValueError: its batch is larger than the training set.
+    """
+    if config.batch_size is None:
+        size = fitting_batch(count)
+        print(f"batches of {size} images, {count // size} an epoch; --batch-size takes another number")
+        return replace(config, batch_size=size)
+    if config.batch_size > count:
+        raise ValueError(
+            f"batch_size must be at most the number of training images, {count}, not {config.batch_size}"
+        )
+    return config
+
+
 def make_loaders(config: Config, device: torch.device | str = "cpu", transform: Any = None) -> Loaders:
     """Load the data of a run and wrap it in loaders.
 
@@ -276,14 +303,12 @@ def make_loaders(config: Config, device: torch.device | str = "cpu", transform: 
     if config.val_split:
         kept, held = stratified_split(train.labels, config.val_split, config.seed)
         train, validation = train.take(kept), train.take(held)
-    if config.batch_size > len(train):
-        raise ValueError(
-            f"batch_size must be at most the number of training images, {len(train)}, "
-            f"not {config.batch_size}"
-        )
+    config = with_batch_size(config, len(train))
     if transform is None:
         known = config.dataset in ("cifar10", "cifar10-sample")
         mean, std = (CIFAR10_MEAN, CIFAR10_STD) if known else statistics(train.images)
+        if config.dataset == "folder" and config.flip:
+            print("half of the training images are mirrored; --no-flip for letters, digits and the like")
         transform = train_transform(
             mean,
             std,
@@ -341,7 +366,7 @@ def make_loader(
 ) -> DataLoader:
     """One loader: shuffled without the last short batch to train, in order and whole to evaluate."""
     program, reason = vectorize(transform)
-    size = config.batch_size
+    size = config.batch_size or fitting_batch(len(split))
     batches = len(split) // size if shuffle else -(-len(split) // size)
     limit = config.max_train_batches if shuffle else config.max_test_batches
     batches = min(batches, limit or batches)

@@ -92,7 +92,7 @@ def test_flags_have_the_types_of_their_fields(flags, field, value):
 @pytest.mark.parametrize(
     ("field", "value", "message"),
     [
-        ("batch_size", 64.5, "batch_size must be int, not 64.5"),
+        ("batch_size", 64.5, "batch_size must be int or none, not 64.5"),
         ("tta", "x", "tta must be bool, not 'x'"),
         ("seed", True, "seed must be int, not True"),
         ("lr", "0.1", "lr must be float or none, not '0.1'"),
@@ -161,3 +161,11 @@ def test_digits_are_not_mirrored_unless_asked_for():
     assert Config().flip and Config(dataset="cifar100").flip and not Config(dataset="svhn").flip
     assert Config(dataset="svhn", flip=True).flip and not Config(flip=False).flip
     assert "flip" not in command_of(Config(dataset="svhn")) and "flip" not in command_of(Config())
+
+
+def test_a_batch_is_512_but_for_a_folder_whose_images_are_not_counted_yet():
+    assert Config().batch_size == Config(dataset="svhn").batch_size == 512
+    assert Config(dataset="folder").batch_size is None
+    assert Config(dataset="folder", batch_size=512).batch_size == 512
+    assert "--batch-size 512" in command_of(Config(dataset="folder", batch_size=512))
+    assert "batch" not in command_of(Config(dataset="folder")) + command_of(Config())

@@ -11,6 +11,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
+import data
+import main
 from config import Config
 from data import make_loaders
 from sources import folder, load_split
@@ -360,3 +362,50 @@ def test_every_image_knows_its_file(parts, tmp_path):
                 assert np.array_equal(folder.read_image(tmp_path / name, 12), image)
         seen |= set(loaded.files)
     assert len(seen) == (40 if parts[0] else 20)
+
+
+# What fits a folder without a flag
+
+
+@pytest.mark.parametrize(
+    ("count", "size"),
+    [(2, 2), (3, 2), (7, 4), (8, 8), (63, 8), (96, 8), (127, 8), (128, 16), (1000, 64), (4095, 256)],
+)
+def test_a_batch_fits_the_images_there_are(count, size):
+    assert data.fitting_batch(count) == size <= count
+    assert data.fitting_batch(4096) == data.fitting_batch(10**7) == 512
+
+
+def test_a_folder_needs_no_flag_and_the_log_says_what_was_chosen(tmp_path, capsys):
+    config = Config(dataset="folder", data=str(fill(tmp_path, "a", "b", count=50)))
+    loaders = make_loaders(config)
+    printed = capsys.readouterr().out
+    assert "80 training + 20 test images: a 40 + 10, b 40 + 10; a fifth of each class" in printed
+    assert "batches of 8 images, 10 an epoch; --batch-size takes another number" in printed
+    assert "half of the training images are mirrored; --no-flip for letters" in printed
+    assert [len(labels) for _, labels in loaders.train] == [8] * 10
+    make_loaders(replace(config, batch_size=16, flip=False))
+    printed = capsys.readouterr().out
+    assert "batches of" not in printed and "mirrored" not in printed
+    make_loaders(Config(dataset="cifar10-sample"))
+    assert capsys.readouterr().out == ""
+
+
+@pytest.mark.slow
+def test_a_hundred_pictures_of_any_shape_train_test_and_predict_with_no_other_flag(tmp_path, capsys):
+    rng = np.random.default_rng(0)
+    for label, name in enumerate(("dark", "light")):
+        (tmp_path / "mine" / name).mkdir(parents=True)
+        for k in range(50):
+            width, height = rng.integers(5, 90, 2)
+            pixels = rng.integers(120 * label, 120 * label + 100, (height, width, 3), dtype=np.uint8)
+            mode = ("RGB", "L", "RGBA", "P")[k % 4]
+            Image.fromarray(pixels).convert(mode).save(tmp_path / "mine" / name / f"{k}.png")
+    run = str(tmp_path / "run")
+    flags = f"--dataset folder --data {tmp_path / 'mine'} --epochs 2 --width 4 --lr 0.01 --output {run}"
+    assert main.main(flags.split()) == 0
+    printed = capsys.readouterr().out
+    assert "not square" in printed and "batches of 8 images, 10 an epoch" in printed
+    assert main.main(["test", run]) == 0
+    assert "of 20 images" in capsys.readouterr().out
+    assert main.main(["predict", run, str(tmp_path / "mine/dark/0.png")]) == 0
