@@ -5,14 +5,17 @@ import csv
 import ctypes
 import difflib
 import io
+import itertools
 import json
 import platform
 import random
+import re
 import statistics
 import sys
+import unicodedata
 from collections import Counter, OrderedDict
 from collections.abc import Collection, Iterator
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import MISSING, asdict, dataclass, field, fields
 from importlib import metadata
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -62,6 +65,42 @@ class Predictions:
         wrong = np.flatnonzero(self.predicted != self.labels)
         return wrong[np.argsort(-self.probabilities[wrong].max(1), kind="stable")][:count]
 
+    def calibration(self, bins: int = 15) -> "Calibration":
+        """Answers in bins of equal width by their probability, 15 as in Guo et al., arXiv:1706.04599."""
+        sure, right = self.probabilities.max(1).astype(float), self.predicted == self.labels
+        place = np.minimum((sure * bins).astype(int), bins - 1)
+        counts, hits, total = (
+            np.bincount(place, weights, bins) for weights in (None, right.astype(float), sure)
+        )
+        error = np.abs(hits - total).sum() / len(sure)
+        return Calibration(counts.astype(int), hits.astype(int), total / np.maximum(counts, 1), error)
+
+
+class Calibration(NamedTuple):
+    """How often answers are right, by the probability that they were given, in bins of equal width.
+
+    `error` is the expected calibration error: how far the share of right answers lies from the mean
+    probability, averaged over the bins, each weighted by its number of answers.
+
+    Shape:
+        answers and right int (B,), probability float (B,): its mean over a bin, 0 where none is.
+    """
+
+    answers: np.ndarray
+    right: np.ndarray
+    probability: np.ndarray
+    error: float
+
+
+def share_interval(hits: int, count: int, confidence: float = 0.95) -> tuple[float, float]:
+    """Wilson's interval for the share that `hits` of `count` estimate; 0 to 1 where there are none."""
+    if not count:
+        return 0.0, 1.0
+    from scipy.stats import binomtest  # a second of imports
+
+    interval = binomtest(int(hits), int(count)).proportion_ci(confidence, method="wilson")
+    return float(interval.low), float(interval.high)
+
 
 @dataclass(frozen=True, kw_only=True)
 class Epoch:
@@ -82,6 +121,13 @@ class Epoch:
     def parts(self) -> tuple[str, ...]:
         """Parts of the data, the second evaluated after each epoch: "val" if held out, else "test"."""
         return ("train", "test") if self.val_loss is None else ("train", "val", "test")
+
+    def measured(self) -> list[float | None]:
+        """What every row has, and both loss and accuracy of each part that was evaluated, or None."""
+        pairs = [(self.val_loss, self.val_accuracy), (self.test_loss, self.test_accuracy)]
+        evaluated = [pair for pair in pairs if pair != (None, None)] or pairs
+        always = [getattr(self, item.name) for item in fields(self) if item.default is MISSING]
+        return [*always, *itertools.chain(*evaluated)]
 
     def stats(self) -> dict[str, Stats]:
         """What was measured: "train", and "val" and "test" where they were."""
@@ -147,8 +193,8 @@ class History:
         """
         stored = json.loads((folder / "history.json").read_text(encoding="utf-8"))
         epochs = [Epoch(**row) for row in stored["epochs"]]
-        for row in epochs:
-            check_numbers("an epoch", [value for value in asdict(row).values() if value is not None])
+        for number, row in enumerate(epochs, 1):
+            check_numbers(f"what epoch {number} measured", row.measured())
         check_numbers("lrs", stored["lrs"])
         return cls(epochs, stored["lrs"])
 
@@ -159,7 +205,9 @@ def check_numbers(name: str, values: list) -> None:
     Raises:
         ValueError: it is named.
     """
-    if not isinstance(values, list) or not all(type(value) in (int, float) for value in values):
+    if not isinstance(values, list) or not all(
+        type(value) is float or (type(value) is int and abs(value) < 2**63) for value in values
+    ):
         raise ValueError(f"{name} must be numbers")
 
 
@@ -329,6 +377,37 @@ def summarize(model: nn.Module, image_size: int = 32) -> str:
             verbose=0,
         )
     return str(table).replace("Units.MEGABYTES", "M").replace("Units.GIGABYTES", "G")
+
+
+def plain(text: object) -> str:
+    """Text from outside (a name, a path, a value) on one line, without what steers a terminal or a page.
+
+    Control characters, line breaks and lone surrogates become spaces and replacement characters;
+    characters that turn the direction of writing or cannot be seen go, but for the joiners of scripts.
+    """
+    kinds = {"Cc": " ", "Zl": " ", "Zp": " ", "Cs": "\ufffd", "Co": "\ufffd", "Cn": "\ufffd", "Cf": ""}
+    joiners = "\u200c\u200d"
+    shown = [c if c in joiners else kinds.get(unicodedata.category(c), c) for c in str(text)]
+    return " ".join("".join(shown).split())
+
+
+def escape(text: object) -> str:
+    """Text from outside as Markdown shows it, whatever is in it."""
+    return re.sub(r"([\\`*_<>|\[\]$&~#])", r"\\\1", plain(text))
+
+
+def show_probability(probability: float) -> str:
+    """A network's probability in percent; none is 0 or 1, so one that rounds to it gets a bound."""
+    shown = f"{probability:.1%}"
+    return {"100.0%": ">99.9%", "0.0%": "<0.1%"}.get(shown, shown)
+
+
+def show_duration(seconds: float) -> str:
+    """A time in the unit that suits it."""
+    for unit, length in (("hours", 3600), ("minutes", 60)):
+        if seconds >= 1.5 * length:
+            return f"{seconds / length:.1f} {unit}"
+    return f"{seconds:.2g} seconds" if seconds < 10 else f"{seconds:.0f} seconds"
 
 
 def markdown_table(heads: list[str], rows: list[list], left: tuple[int, ...] = (0,)) -> str:

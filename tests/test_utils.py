@@ -1,10 +1,12 @@
 import copy
+import html
 import itertools
 import json
 import math
 import platform
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -299,11 +301,32 @@ def row(epoch, **changes):
 
 
 def test_history_survives_a_round_trip(tmp_path):
-    history = History([row(1, test_loss=1.0, test_accuracy=0.5), row(2, val_loss=0.1)], [0.1, 1 / 3])
+    rows = [row(1, test_loss=1.0, test_accuracy=0.5), row(2, val_loss=0.1, val_accuracy=0.5)]
+    history = History(rows, [0.1, 1 / 3])
     history.save(tmp_path)
     assert History.load(tmp_path) == history
     table = (tmp_path / "history.csv").read_text().splitlines()
     assert table[0].startswith("epoch,lr,train_loss,train_accuracy,val_loss") and len(table) == 3
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"train_loss": None},
+        {"seconds": None},
+        {"test_loss": None},
+        {"test_accuracy": None},
+        {"test_loss": None, "test_accuracy": None},
+        {"val_loss": 1.0},
+        {"lr": 10**400},
+        {"images_per_second": "9"},
+    ],
+)
+def test_a_history_with_a_hole_is_refused_by_its_epoch(tmp_path, changes):
+    whole = row(1, test_loss=1.0, test_accuracy=0.5)
+    History([whole, replace(whole, **changes)], [0.1, 0.1]).save(tmp_path)
+    with pytest.raises(ValueError, match="what epoch 2 measured must be numbers"):
+        History.load(tmp_path)
 
 
 def test_predictions_know_their_mistakes_most_confident_first():
@@ -312,6 +335,84 @@ def test_predictions_know_their_mistakes_most_confident_first():
     assert predictions.accuracy == 0.5
     assert predictions.misclassified().tolist() == [2, 1]
     assert predictions.misclassified(1).tolist() == [2]
+
+
+def test_the_calibration_error_is_that_of_guo_et_al():
+    rng = np.random.default_rng(0)
+    probabilities = rng.dirichlet([0.3] * 4, 500).astype(np.float32)
+    probabilities[0] = [1, 0, 0, 0]  # a certain answer is in the last bin, not beyond it
+    predictions = Predictions(probabilities, rng.integers(0, 4, 500))
+    sure, right = probabilities.max(1), predictions.predicted == predictions.labels
+    expected = 0.0
+    for low in np.arange(15) / 15:  # the formula of the paper, bin by bin
+        members = (sure >= low) & ((sure < low + 1 / 15) | (low > 0.93))
+        if members.any():
+            expected += members.mean() * abs(right[members].mean() - sure[members].mean())
+    found = predictions.calibration()
+    assert found.error == pytest.approx(expected, abs=1e-6)
+    assert (found.answers.sum(), found.right.sum()) == (500, right.sum())
+
+
+def test_the_interval_of_a_share_is_wilsons():
+    assert utils.share_interval(0, 0) == (0.0, 1.0)
+    z, n = 1.959964, 1000
+    for hits in (0, 1, 700, 999, 1000):
+        p = hits / n
+        middle, half = p + z * z / 2 / n, z * math.sqrt(p * (1 - p) / n + z * z / 4 / n**2)
+        expected = [(middle + sign * half) / (1 + z * z / n) for sign in (-1, 1)]
+        assert utils.share_interval(hits, n) == pytest.approx(expected, abs=1e-6)
+    assert utils.share_interval(3, 4, 0.99)[0] < utils.share_interval(3, 4)[0]
+
+
+# Text from outside
+
+
+@pytest.mark.parametrize(
+    ("given", "shown"),
+    [
+        ("a\n# b", "a # b"),
+        ("\x1b[31mred\x1b[0m", "[31mred [0m"),
+        ("\u202eright to left\u202c", "right to left"),
+        ("caf\udce9", "caf\ufffd"),
+        ("one\u2028two\x85three\ttabbed", "one two three tabbed"),
+        ("\u732b \u5c3a", "\u732b \u5c3a"),
+        (Path("a/b"), "a/b"),
+        (0.1, "0.1"),
+    ],
+)
+def test_text_from_outside_is_one_harmless_line(given, shown):
+    assert utils.plain(given) == shown
+
+
+@pytest.mark.parametrize(
+    "given", ["a|b", "<b>", "[x](y)", "![x](y)", "`x`", "_x_ *y*", "~~z~~", "# h", "&lt;"]
+)
+def test_markup_in_text_from_outside_is_shown_as_it_is(given):
+    from markdown_it import MarkdownIt
+
+    page = MarkdownIt("commonmark").enable(["table", "strikethrough"])
+    cell = page.render(f"|head|\n|---|\n|{utils.escape(given)}|\n")
+    assert f"<td>{html.escape(given)}</td>" in cell
+
+
+def test_no_probability_is_shown_as_certain_or_as_impossible():
+    shown = [utils.show_probability(p) for p in (1.0, 0.9996, 0.5, 0.0004, 0.0)]
+    assert shown == [">99.9%", ">99.9%", "50.0%", "<0.1%", "<0.1%"]
+    assert not {"100.0%", "0.0%"} & {utils.show_probability(p) for p in np.linspace(0, 1, 100_001)}
+
+
+@pytest.mark.parametrize(
+    ("seconds", "shown"),
+    [
+        (0.04, "0.04 seconds"),
+        (2.34, "2.3 seconds"),
+        (61, "61 seconds"),
+        (90, "1.5 minutes"),
+        (9000, "2.5 hours"),
+    ],
+)
+def test_a_time_is_told_in_the_unit_that_suits_it(seconds, shown):
+    assert utils.show_duration(seconds) == shown
 
 
 def test_seeding_makes_every_generator_repeat():
