@@ -14,7 +14,7 @@ import torch
 
 from config import Config, check_same_settings, check_version
 from files import Mirror, lock_folder, read_bytes, reason, unlock_folder, write_whole
-from utils import Epoch, EpochState, History, environment, plain
+from utils import Epoch, EpochState, History, environment, plain_state
 from weights_file import save_weights, weights_content
 
 KEPT = 2  # checkpoints; one alone could be the one that is being replaced
@@ -35,7 +35,7 @@ def save_checkpoint(folder: str | Path, state: dict, step: int, mirror: Mirror |
         OSError: `folder` cannot hold it; the checkpoints before are untouched.
     """
     buffer = io.BytesIO()
-    torch.save(plain(state, "the state"), buffer)
+    torch.save(plain_state(state, "the state"), buffer)
     body = buffer.getvalue()
     content = body + hashlib.sha256(body).digest()
     path = Path(folder) / f"step-{step:08d}.ckpt"

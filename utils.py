@@ -211,7 +211,7 @@ def check_numbers(name: str, values: list) -> None:
         raise ValueError(f"{name} must be numbers")
 
 
-def plain(value: Any, where: str) -> Any:
+def plain_state(value: Any, where: str) -> Any:
     """A state with NumPy's numbers and arrays as Python's numbers and tensors; the rest must be plain.
 
     Args:
@@ -229,11 +229,13 @@ def plain(value: Any, where: str) -> Any:
     if type(value) in (bool, int, float, complex, str, bytes):
         return value
     if type(value) in (list, tuple, set):
-        changed = [plain(item, f"{where}[{index}]") for index, item in enumerate(value)]
+        changed = [plain_state(item, f"{where}[{index}]") for index, item in enumerate(value)]
         same = all(new is old for new, old in zip(changed, value, strict=True))
         return value if same else type(value)(changed)
     if isinstance(value, dict):
-        items = {plain(key, where): plain(item, f"{where}.{key}") for key, item in value.items()}
+        items = {
+            plain_state(key, where): plain_state(item, f"{where}.{key}") for key, item in value.items()
+        }
         same = all(new is old for new, old in zip(items.values(), value.values(), strict=True))
         return value if same and type(value) in (dict, OrderedDict, Counter) else items
     raise ValueError(f"{where} is a {type(value).__name__}, which no checkpoint can hold: make it plain")

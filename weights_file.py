@@ -12,7 +12,7 @@ from torch import nn
 
 from files import write_whole
 from models import MODELS, make_model
-from utils import check_numbers, nearest, plain
+from utils import check_numbers, nearest, plain_state
 
 DEFAULT_WEIGHTS = "custom_resnet"  # the weights that a command takes if none are named
 SHIPPED = Path(__file__).parent / "weights"
@@ -48,7 +48,7 @@ def weights_content(model: nn.Module, card: dict) -> bytes:
         name.replace("_orig_mod.", ""): tensor.detach().cpu().contiguous().clone()
         for name, tensor in model.state_dict().items()
     }
-    card = plain(card, "the card")
+    card = plain_state(card, "the card")
     try:
         check_card(card)
         with torch.device("meta"):
