@@ -200,7 +200,8 @@ def column(
             probability = shown.predictions.probabilities[index, answers[k]]
             caption = f"{name}\n{shown.split.classes[answers[k]]} {probability:.0%}"
             caption += "" if heats[k].any() else ", no evidence"
-            cells.append(figure(overlay(images[k], heats[k]), caption))
+            top = max(heat[k].max() for heat in maps)  # one scale, so that the two can be compared
+            cells.append(figure(overlay(images[k], heats[k], top=top), caption))
         cards.append(f'<div class="card">{"".join(cells)}</div>')
     head = f"<h3>{title}</h3><p>{len(chosen):,} of {len(found):,}</p>"
     return f"<section>{head}{''.join(cards) or note('There is none.')}</section>"

@@ -4,45 +4,41 @@ Every function returns a matplotlib `Figure` that belongs to no window: show it 
 notebook, keep it with `save_figure`.
 """
 
-import copy
 import io
 import itertools
 import textwrap
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import cv2
 import matplotlib
 import numpy as np
-import torch
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 from matplotlib.ticker import PercentFormatter
-from torch import Tensor, nn
+from torch import nn
 
 from files import write_whole
+from gradcam import cam_layers as cam_layers  # offered here, too
+from gradcam import check_layer, gradcam, overlay
+from lettering import STYLE, font_note, legible, literal, style, wrap
 from training.lr_finder import LRFinderResult, finite_losses, smooth
 from transforms import CIFAR10_MEAN, CIFAR10_STD, normalize
-from utils import History, Predictions, nearest
+from utils import History, Predictions, share_interval, show_probability
 
 # Okabe and Ito's colours, told apart with every kind of colour vision.
 COLORS = ("#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9")
 MARKS = ("o", "s", "^", "D", "v")  # five and six: thirty runs until colour and mark repeat together
-STYLE: dict[Any, Any] = {
-    "font.size": 10,
-    "axes.titlesize": 11,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.grid": True,
-    "grid.alpha": 0.3,
-    "legend.frameon": False,
-    "figure.dpi": 110,
-    "figure.constrained_layout.h_pad": 0.06,  # inches
-}
-# Of an image. Where its height is given matplotlib need not look for ticks in the way: half the time.
-TITLE = {"y": 1.0, "pad": 3}  # axes, points
-WIDEST = 40  # inches, of a confusion matrix
-SMALLEST_MAP = 5  # pixels: a class activation map under 5 x 5 shows where nothing is
+TRAINING: dict[str, Any] = {"linestyle": "--", "linewidth": 1, "alpha": 0.7}
+MOST_NAMES = 200  # of classes beside a matrix: more could not be read
+CAM_NOTE = (
+    "The layer's map has {} x {} places and is enlarged to the image. Colour is evidence for a class: "
+    "what a place adds to the class's score (logit). Both maps of a mistake have one scale, beside them."
+)
+NO_EVIDENCE = (
+    "No evidence: at this layer nothing speaks for the class. What speaks against it is not drawn."
+)
 
 
 def save_figure(figure: Figure, path: str | Path) -> None:
@@ -67,8 +63,8 @@ def plot_samples(
         labels: int (N,).
     """
     count = min(count, len(images))
-    names = [classes[label] for label in labels[:count]]
-    return gallery(images[:count], names, title)
+    names = legible(classes)
+    return gallery(images[:count], [names[label] for label in labels[:count]], title, font_note(classes))
 
 
 def plot_misclassified(
@@ -82,48 +78,43 @@ def plot_misclassified(
     """
     chosen = predictions.misclassified(count)
     total, wrong = len(predictions.labels), len(predictions.misclassified())
-    titles = [mistake(predictions, index, classes) for index in chosen]
+    names = legible(classes)
+    titles = [mistake(predictions, index, names) for index in chosen]
     title = f"{wrong:,} of {total:,} misclassified ({wrong / total:.1%}); the most confident mistakes"
-    return gallery(images[chosen], titles, title)
+    return gallery(images[chosen], titles, title, font_note(classes))
 
 
 def mistake(predictions: Predictions, index: int, classes: Sequence[str]) -> str:
-    """Title of one image: truth, prediction and its probability, on two lines."""
+    """Title of one image: its number and truth, prediction and its probability, on two lines."""
     true, predicted = predictions.labels[index], predictions.predicted[index]
-    return f"{classes[true]}\n→ {classes[predicted]} {predictions.probabilities[index, predicted]:.1%}"
+    probability = show_probability(predictions.probabilities[index, predicted])
+    return f"#{index} {classes[true]}\n→ {classes[predicted]} {probability}"
 
 
-def gallery(images: np.ndarray, titles: Sequence[str], title: str) -> Figure:
+def gallery(images: np.ndarray, titles: Sequence[str], title: str, note: str = "") -> Figure:
     """Images in rows of five, or seven, each under its title; no images at all is a figure too.
 
     At most 10 inches wide, so that no notebook shrinks the titles.
+
+    Args:
+        note: a sentence below them all.
     """
     columns, inches = (5, 1.65) if len(images) <= 20 else (7, 1.4)
     rows = max(1, -(-len(images) // columns))
     titles = [wrap(name, inches) for name in titles]
-    with matplotlib.rc_context(STYLE):
+    with matplotlib.rc_context(style("".join(titles))):
         height = inches + 0.08 + 0.15 * max((1 + name.count("\n") for name in titles), default=0)
-        size = (inches * columns, height * rows + 0.4 * bool(title))
+        size = (inches * columns, height * rows + 0.4 * bool(title) + 0.4 * bool(note))
         figure = Figure(figsize=size, layout="constrained")
         figure.suptitle(title, fontsize=11)
+        figure.supxlabel(textwrap.fill(note, 100), fontsize=8)
         cells = figure.subplots(rows, columns, squeeze=False).ravel()
         for cell in cells:
             cell.set_axis_off()
         for cell, image, name in zip(cells, images, titles, strict=False):
             cell.imshow(image)
-            cell.set_title(name, fontsize=9, **TITLE)
+            cell.set_title(name, fontsize=9, pad=3)
     return figure
-
-
-def wrap(text: str, inches: float) -> str:
-    """A small title in lines that are no longer than its picture is wide."""
-    letters = int(inches * 14)  # of DejaVu Sans, 9 points
-    return literal("\n".join(textwrap.fill(line, letters) for line in text.splitlines()))
-
-
-def literal(text: str) -> str:
-    """A name that matplotlib draws as it is: between two dollar signs it would expect mathematics."""
-    return text.replace("$", r"\$")
 
 
 def plot_history(histories: dict[str, History]) -> Figure:
@@ -132,33 +123,50 @@ def plot_history(histories: dict[str, History]) -> Figure:
     Solid lines are the test set, or the validation set where a run had one; thin dashed lines are
     training.
     """
-    height = 3.9 + 0.24 * -(-len(histories) // 2)
-    with matplotlib.rc_context(STYLE):
+    height = 3.9 + 0.24 * -(-(len(histories) + 1) // 2)
+    names = legible(list(histories), "run")
+    with matplotlib.rc_context(style("".join(names))):
         figure = Figure(figsize=(10, height), layout="constrained")
         axes = figure.subplots(1, 2)
         looks = zip(itertools.cycle(COLORS), itertools.cycle(MARKS), strict=False)
-        for (name, history), (color, mark) in zip(histories.items(), looks, strict=False):
+        for name, history, (color, mark) in zip(names, histories.values(), looks, strict=False):
             draw_curves(axes, name, history, color, mark)
         for axis, metric in zip(axes, ("loss", "accuracy"), strict=True):
-            axis.set(xlabel="epoch", title=f"{metric.capitalize()} (dashed: training)")
+            axis.set(xlabel="epoch", title=metric.capitalize())
             axis.xaxis.get_major_locator().set_params(integer=True)
-        axes[1].yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
-        losses = np.concatenate([line.get_ydata() for line in axes[0].lines])
-        if losses.max() > 20 * np.median(losses):  # one that diverged would flatten the others
+            keep_apart(axis, 0.002)
+        axes[1].yaxis.set_major_formatter(PercentFormatter(1.0))  # with as many decimals as ticks need
+        losses = np.concatenate([line.get_ydata() for line in axes[0].lines]).astype(float)
+        if np.nanmax(losses) > 20 * np.nanmedian(losses):  # one that diverged would flatten the others
             axes[0].set_yscale("log")
         lines = [line for line in axes[1].lines if line.get_linestyle() == "-"]
-        figure.legend(handles=lines, loc="outside lower center", ncols=min(2, len(lines)))
+        label = "training" if len(lines) == 1 else "training, in the same colours"
+        training = Line2D([], [], label=label, color=COLORS[0] if len(lines) == 1 else "0.4", **TRAINING)
+        figure.legend(handles=[*lines, training], loc="outside lower center", ncols=2)
     return figure
+
+
+def keep_apart(axis: Axes, least: float) -> None:
+    """Make an axis at least so high, and as wide as an epoch, so that its ticks have different texts."""
+    (left, right), (low, high) = axis.get_xlim(), axis.get_ylim()
+    if right - left < 1:
+        middle = round((left + right) / 2)
+        axis.set(xlim=(middle - 1, middle + 1), xticks=[middle])
+    if high - low < least:
+        axis.set_ylim((low + high - least) / 2, (low + high + least) / 2)
 
 
 def draw_curves(axes: np.ndarray, name: str, history: History, color: str, mark: str) -> None:
     """A run's loss and accuracy on two axes; the solid line's label tells how both end."""
     part = history.epochs[0].parts[1]
     epochs = [row.epoch for row in history.epochs]
+    point = {"marker": mark if len(epochs) == 1 else "", "fillstyle": "none"}
     for axis, metric in zip(axes, ("loss", "accuracy"), strict=True):
-        trained = [getattr(row, f"train_{metric}") for row in history.epochs]
-        evaluated = [getattr(row, f"{part}_{metric}") for row in history.epochs]
-        axis.plot(epochs, trained, "--", color=color, linewidth=1, alpha=0.6)
+        trained, evaluated = (
+            np.array([getattr(row, f"{part}_{metric}") for row in history.epochs], float)
+            for part in ("train", part)
+        )
+        axis.plot(epochs, trained, color=color, **TRAINING, **point)
         style = {"color": color, "marker": mark, "markersize": 5, "linewidth": 2}
         label = f"{literal(name)}: {part} {evaluated[-1]:.2%}, training {trained[-1]:.2%}"
         axis.plot(epochs, evaluated, "-", label=label, **style)
@@ -197,158 +205,114 @@ def plot_lr_finder(result: LRFinderResult, rule: str | None = None) -> Figure:
 
 
 def plot_lr_history(lrs: Sequence[float], steps_per_epoch: int) -> Figure:
-    """The learning rate that each step used."""
-    steps = np.arange(len(lrs)) / steps_per_epoch
+    """The learning rate that each step used, drawn at the step's end."""
+    ends = (np.arange(len(lrs)) + 1) / steps_per_epoch
     peak = int(np.argmax(lrs))
+    title = f"Learning rate: {lrs[0]:.2e}"
+    if min(lrs) == max(lrs):
+        title += " throughout"
+    elif 0 < peak < len(lrs) - 1:
+        title += f" → {lrs[peak]:.2e} at epoch {ends[peak]:.3g} → {lrs[-1]:.2e}"
+    else:
+        title += f" → {lrs[-1]:.2e}"
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(8, 3.4), layout="constrained")
         axis = figure.subplots()
-        axis.plot(steps, lrs, color=COLORS[0])
-        axis.set(
-            xlabel="epochs trained",
-            ylabel="learning rate",
-            ylim=(0, None),
-            title=f"Learning rate: {lrs[0]:.2e} → {lrs[peak]:.2e} at epoch "
-            f"{(peak + 1) / steps_per_epoch:.1f} → {lrs[-1]:.2e}",
-        )
+        axis.plot(ends, lrs, color=COLORS[0], marker="o" if len(lrs) <= 20 else "", markersize=4)
+        axis.set(xlabel="epochs trained", ylabel="learning rate", ylim=(0, None), title=title)
+        axis.set_xlim(0, ends[-1] * 1.03)
+    return figure
+
+
+def plot_reliability(predictions: Predictions) -> Figure:
+    """How often answers are right, against the probability that the network gave them.
+
+    Bars are 95 % intervals (Wilson); below stands how many answers each point is of.
+    """
+    found = predictions.calibration()
+    edges = np.arange(len(found.answers)) / len(found.answers)
+    kept = np.flatnonzero(found.answers)
+    share = found.right[kept] / found.answers[kept]
+    limits = [share_interval(found.right[k], found.answers[k]) for k in kept]
+    bars = np.abs(np.transpose(limits) - share)
+    with matplotlib.rc_context(STYLE):
+        figure = Figure(figsize=(5.4, 5.4), layout="constrained")
+        top, low = figure.subplots(2, 1, sharex=True, height_ratios=(3, 1))
+        top.plot([0, 1], [0, 1], "--", color="0.5", linewidth=1, label="as often right as it says")
+        marks: dict[str, Any] = {"color": COLORS[0], "fmt": "o", "markersize": 5, "capsize": 2}
+        label = "this network, with 95% intervals"
+        top.errorbar(found.probability[kept], share, bars, label=label, **marks)
+        low.bar(edges, found.answers, width=0.9 / len(edges), align="edge", color=COLORS[0])
+        top.legend(loc="lower right", fontsize=9)
+        top.set(xlim=(0, 1), ylim=(0, 1.02), ylabel="share of right answers")
+        top.set_title(f"Reliability: expected calibration error {100 * found.error:.1f} points")
+        low.set(xlabel="probability of the answer", ylabel="answers")
+        for axis in (top.xaxis, top.yaxis):
+            axis.set_major_formatter(PercentFormatter(1.0, decimals=0))
+        low.yaxis.get_major_locator().set_params(integer=True)
     return figure
 
 
 def plot_confusion_matrix(predictions: Predictions, classes: Sequence[str]) -> Figure:
-    """Counts of true class (rows) against predicted class (columns), coloured by share of the row."""
+    """Counts of true class (rows) against predicted class (columns), coloured by share of the row.
+
+    Over 20 classes have no counts, over `MOST_NAMES` no names either: they could not be read.
+    """
     from sklearn.metrics import confusion_matrix  # a second of imports
 
     labels = range(len(classes))
     counts = confusion_matrix(predictions.labels, predictions.predicted, labels=labels)
-    shares = counts / np.maximum(counts.sum(1, keepdims=True), 1)
-    side = min(max(5.0, (0.62 if len(classes) <= 20 else 0.17) * len(classes) + 1.4), WIDEST)
-    letters: dict[str, Any] = {"fontsize": min(10, 60 * side / len(classes))}
-    names = [wrap(name, 1.4) if len(classes) <= 20 else literal(name) for name in classes]
-    with matplotlib.rc_context(STYLE | {"axes.grid": False}):
+    totals = counts.sum(1)
+    few = len(classes) <= 20
+    side = max(5.0, (0.62 if few else 0.17) * len(classes) + 1.4)
+    side = side if len(classes) <= MOST_NAMES else 12.0
+    names = legible(classes)
+    with matplotlib.rc_context(style("".join(names)) | {"axes.grid": False}):
         figure = Figure(figsize=(side + 0.8, side), layout="constrained")
         axis = figure.subplots()
-        image = axis.imshow(shares, cmap="Blues", vmin=0, vmax=1)
-        if len(classes) <= 20:
-            for row, column in np.ndindex(counts.shape):
-                color = "white" if shares[row, column] > 0.5 else "black"
-                axis.text(
-                    column,
-                    row,
-                    f"{counts[row, column]:,}",
-                    ha="center",
-                    va="center",
-                    fontsize=8.5,
-                    color=color,
-                )
-        axis.set_xticks(labels, names, rotation=45, ha="right", rotation_mode="anchor", **letters)
-        axis.set_yticks(labels, names, **letters)
+        image = axis.imshow(counts / np.maximum(totals, 1)[:, None], cmap="Blues", vmin=0, vmax=1)
+        if few:
+            draw_counts(axis, counts, totals)
+        name_classes(axis, names, totals)
         axis.set(
-            xlabel="predicted",
-            ylabel="true",
-            title=f"Confusion matrix, accuracy {predictions.accuracy:.2%}",
+            xlabel="predicted class",
+            ylabel="true class (number of its images)" if len(classes) <= MOST_NAMES else "true class",
+            title=f"Confusion matrix, accuracy {predictions.accuracy:.2%}\n{matrix_note(len(classes))}",
         )
-        figure.colorbar(image, format=PercentFormatter(1.0, decimals=0), shrink=0.8)
+        share = "share of the images of the true class"
+        figure.colorbar(image, format=PercentFormatter(1.0, decimals=0), shrink=0.8, label=share)
+        figure.supxlabel(textwrap.fill(font_note(classes), int(12 * side)), fontsize=8)
     return figure
 
 
-def cam_layers(model: nn.Module, image_size: int = 32) -> dict[str, int]:
-    """The stages of a network whose maps are large enough for Grad-CAM: name and side in pixels."""
-    return large_stages(map_shapes(model, image_size))
+def matrix_note(count: int) -> str:
+    """What the cells of a matrix of so many classes show."""
+    if count <= 20:
+        return "number: images; colour: their share of the row"
+    if count <= MOST_NAMES:
+        return "colour: share of the row; the numbers are left out, as there are over 20 classes"
+    return f"colour: share of the row; {count:,} names could not be read: these are the classes' numbers"
 
 
-def large_stages(shapes: dict[str, tuple[int, ...]]) -> dict[str, int]:
-    """Those of a network's maps that belong to a stage and are large enough: name and side."""
-    stages = {name: min(shape[2:]) for name, shape in shapes.items() if "." not in name}
-    return {name: side for name, side in stages.items() if side >= SMALLEST_MAP}
+def draw_counts(axis: Axes, counts: np.ndarray, totals: np.ndarray) -> None:
+    """The number of images in each cell of a matrix, white on dark cells."""
+    for row, column in np.ndindex(counts.shape):
+        color = "white" if counts[row, column] > 0.5 * totals[row] else "black"
+        place: dict[str, Any] = {"ha": "center", "va": "center", "fontsize": 8.5}
+        axis.text(column, row, f"{counts[row, column]:,}", color=color, **place)
 
 
-def map_shapes(model: nn.Module, image_size: int) -> dict[str, tuple[int, ...]]:
-    """Output shape (1, C, H, W) of every named layer that makes a map, for one image."""
-    model = copy.deepcopy(model).eval()
-    shapes = {}
-
-    def note(name: str) -> Callable[[nn.Module, Any, Any], None]:
-        def hook(module: nn.Module, inputs: Any, output: Any) -> None:
-            if isinstance(output, Tensor) and output.dim() == 4:
-                shapes[name] = tuple(output.shape)
-
-        return hook
-
-    for name, module in model.named_modules():
-        if name:
-            module.register_forward_hook(note(name))
-    with torch.no_grad():
-        weight = next(model.parameters())
-        model(torch.zeros(1, 3, image_size, image_size, device=weight.device, dtype=weight.dtype))
-    return shapes
-
-
-def gradcam(
-    model: nn.Module, images: Tensor, layer: str, targets: Sequence[int] | np.ndarray
-) -> np.ndarray:
-    """Grad-CAM (Selvaraju et al., arXiv:1610.02391): where a layer sees evidence for a class.
-
-    Works on a copy of the model in float32, so mode, gradients and hooks of the model stay as they are.
-
-    Args:
-        images: normalised float (N, 3, H, W).
-        layer: name of a layer as in `model.named_modules()`, such as "layer2" or "layer2.0.conv1".
-        targets: the class to explain for each image, (N,).
-
-    Returns:
-        float32 (N, H, W) from 0 to 1; all zero where the layer has no evidence for the class.
-
-    Raises:
-        ValueError: unknown layer, a map under 5 x 5, or targets that do not fit.
-    """
-    from pytorch_grad_cam import GradCAM  # two seconds of imports
-    from pytorch_grad_cam.utils.model_targets import ClassifierOutputTarget
-
-    check_layer(model, layer, images.shape[-1])
-    targets = [int(target) for target in targets]
-    if len(targets) != len(images):
-        raise ValueError(f"{len(targets)} targets for {len(images)} images")
-    if not targets:
-        return np.zeros((0, *images.shape[2:]), np.float32)
-    model = copy.deepcopy(model).float().eval().requires_grad_()
-    device = next(model.parameters()).device
-    with torch.no_grad():
-        classes = model(images[:1].to(device)).shape[1]
-    if not all(0 <= target < classes for target in targets):
-        raise ValueError(f"targets must be 0 to {classes - 1}, not {min(targets)} to {max(targets)}")
-    with torch.enable_grad(), torch.autocast(device.type, enabled=False):
-        # Not as a context manager, which hides an IndexError; the hooks die with the copy.
-        cam = GradCAM(model, [model.get_submodule(layer)])
-        maps = cam(images.to(device), [ClassifierOutputTarget(target) for target in targets])
-    return np.asarray(maps, np.float32)
-
-
-def overlay(image: np.ndarray, heat: np.ndarray, opacity: float = 0.75) -> np.ndarray:
-    """An image under its map: the more evidence, the less of the image is left.
-
-    Args:
-        image: uint8 (H, W, 3).
-        heat: float (h, w) from 0 to 1, scaled to the image.
-        opacity: of the map where it is 1.
-    """
-    heat = cv2.resize(heat, image.shape[1::-1])
-    cover = opacity * heat[..., None]
-    colors = 255 * matplotlib.colormaps["inferno"](heat)[..., :3]
-    return (image * (1 - cover) + colors * cover).round().astype(np.uint8)
-
-
-def check_layer(model: nn.Module, layer: str, image_size: int) -> None:
-    """Refuse a layer that Grad-CAM cannot use, and name those that it can."""
-    shapes = map_shapes(model, image_size)
-    allowed = ", ".join(f"{name} ({side} px)" for name, side in large_stages(shapes).items())
-    if layer not in shapes:
-        raise ValueError(f"unknown layer {layer!r}; choose from {allowed}{nearest(layer, shapes)}")
-    height, width = shapes[layer][2:]
-    if min(height, width) < SMALLEST_MAP:
-        raise ValueError(
-            f"layer {layer} has maps of {height} x {width}, under {SMALLEST_MAP} x {SMALLEST_MAP}; "
-            f"choose from {allowed}"
-        )
+def name_classes(axis: Axes, names: Sequence[str], totals: np.ndarray) -> None:
+    """The names beside the rows, with how many images each has, and below the columns."""
+    if len(names) > MOST_NAMES:
+        return
+    few = len(names) <= 20
+    letters: dict[str, Any] = {"fontsize": 10 if few else 8}
+    rows = [f"{name} ({total:,})" for name, total in zip(names, totals, strict=True)]
+    rows, columns = ([wrap(x, 1.8) if few else literal(x) for x in texts] for texts in (rows, names))
+    turn = {"rotation": 45, "rotation_mode": "anchor", "ha": "right"} if few else {"rotation": 90}
+    axis.set_xticks(range(len(names)), columns, **turn, **letters)
+    axis.set_yticks(range(len(names)), rows, **letters)
 
 
 def plot_gradcam(
@@ -371,42 +335,80 @@ def plot_gradcam(
         mean, std: the normalisation that the model was trained with.
     """
     chosen = predictions.misclassified(count)
+    places = check_layer(model, layer, images.shape[2])
     if not len(chosen):
-        check_layer(model, layer, images.shape[2])
         return gallery(images[chosen], [], "nothing is misclassified: there is no mistake to explain")
     inputs = normalize(images[chosen], mean, std)
-    pairs = [
-        gradcam(model, inputs, layer, answers[chosen])
-        for answers in (predictions.labels, predictions.predicted)
+    answers = predictions.labels[chosen], predictions.predicted[chosen]
+    pairs = [gradcam(model, inputs, layer, targets) for targets in answers]
+    names = legible(classes)
+    titles = [
+        [f"#{index}", *(cam_title(predictions, index, names, kind) for kind in ("true", "predicted"))]
+        for index in chosen
     ]
-    with matplotlib.rc_context(STYLE):
-        rows = -(-len(chosen) // 2)
-        figure = Figure(figsize=(9.2, 1.72 * rows + 0.5), layout="constrained")
-        figure.suptitle(f"Grad-CAM at {layer}: image, evidence for the true and for the predicted class")
-        cells = figure.subplots(rows, 6, squeeze=False)
-        for cell in cells.ravel():
-            cell.set_axis_off()
-        for place, index in enumerate(chosen):
-            trio = cells[place // 2, 3 * (place % 2) :][:3]
-            draw_cams(trio, images[index], [maps[place] for maps in pairs], predictions, index, classes)
+    notes = [CAM_NOTE.format(*places)]
+    if not all(heat.any() for maps in pairs for heat in maps):
+        notes.append(NO_EVIDENCE)
+    head = f"Grad-CAM at {layer}: image, evidence for the true and for the predicted class"
+    with matplotlib.rc_context(style("".join(names))):
+        figure, cells = cam_grid(head, titles, [*notes, font_note(classes)])
+        for row, index, *maps in zip(cells, chosen, *pairs, strict=True):
+            draw_cams(row, images[index], maps)
     return figure
 
 
-def draw_cams(
-    cells: np.ndarray,
-    image: np.ndarray,
-    maps: Sequence[np.ndarray],
-    predictions: Predictions,
-    index: int,
-    classes: Sequence[str],
-) -> None:
-    """One mistake: the image, and it again under the map of each of the two classes."""
-    answers = (predictions.labels[index], predictions.predicted[index])
-    cells[0].imshow(image)
-    cells[0].set_title(f"#{index}", fontsize=8.5, **TITLE)
-    for cell, heat, answer, kind in zip(cells[1:], maps, answers, ("true", "predicted"), strict=True):
-        cell.imshow(overlay(image, heat))
-        note = "" if heat.any() else ": no evidence"
-        probability = predictions.probabilities[index, answer]
-        title = wrap(f"{kind}{note}\n{classes[answer]} {probability:.1%}", 1.5)
-        cell.set_title(title, fontsize=8.5, **TITLE)
+def cam_title(predictions: Predictions, index: int, names: Sequence[str], kind: str) -> str:
+    """The true or the predicted class of an image, and its probability."""
+    answer = (predictions.labels if kind == "true" else predictions.predicted)[index]
+    return wrap(
+        f"{kind}\n{names[answer]} {show_probability(predictions.probabilities[index, answer])}", 1.2
+    )
+
+
+def cam_grid(head: str, titles: list[list[str]], notes: list[str]) -> tuple[Figure, list[list[Axes]]]:
+    """Two mistakes a row, each of three tiles and a bar, in inches: all tiles are equally large."""
+    tile, bar, gap = 1.22, 0.1, 0.08
+    heading = 0.14 * max(title.count("\n") + 1 for trio in titles for title in trio) + 0.14
+    lines = [line for note in notes for line in textwrap.wrap(note, 140)]
+    rows, foot = -(-len(titles) // 2), 0.16 * len(lines) + 0.12
+    width, height = 9.5, rows * (tile + heading) + 0.3 + foot
+    figure = Figure(figsize=(width, height))
+    figure.suptitle(head, fontsize=11, y=1 - 0.08 / height, va="top")
+    figure.text(0.1 / width, 0.06 / height, "\n".join(lines), fontsize=8, va="bottom", linespacing=1.3)
+    cells = []
+    for place, trio in enumerate(titles):
+        left = 0.1 + (place % 2) * width / 2
+        low = height - 0.3 - (place // 2 + 1) * (tile + heading)
+        lefts = [left + k * (tile + gap) for k in range(4)]
+        boxes = [(x, low, tile if k < 3 else bar, tile) for k, x in enumerate(lefts)]
+        row = [figure.add_axes((x / width, y / height, w / width, h / height)) for x, y, w, h in boxes]
+        for cell, title in zip(row, trio, strict=False):
+            cell.set_title(title, fontsize=8.5, pad=3)
+        cells.append(row)
+    return figure, cells
+
+
+def draw_cams(cells: Sequence[Axes], image: np.ndarray, maps: Sequence[np.ndarray]) -> None:
+    """One mistake: the image, and in grey under the map of each of two classes, with their scale."""
+    top = float(max(heat.max() for heat in maps))
+    for cell, picture in zip(
+        cells, [image, *(overlay(image, heat, top=top) for heat in maps)], strict=False
+    ):
+        cell.imshow(picture)
+        cell.set_axis_off()
+    for cell, heat in zip(cells[1:], maps, strict=False):
+        if not heat.any():
+            box = {"facecolor": "white", "alpha": 0.85, "edgecolor": "none", "pad": 2}
+            cell.text(
+                0.5, 0.5, "no evidence", transform=cell.transAxes, ha="center", fontsize=8.5, bbox=box
+            )
+    bar = cells[3]
+    if not top:
+        bar.set_axis_off()
+        return
+    ramp = np.linspace(1, 0, 64, dtype=np.float32)[:, None]
+    bar.imshow(overlay(np.full((64, 1, 3), 128, np.uint8), ramp), aspect="auto", extent=(0, 1, 0, top))
+    bar.yaxis.tick_right()
+    bar.set_yticks([0, top], ["0", f"{top:.2g}"], fontsize=8)
+    bar.set_xticks([])
+    bar.grid(False)

@@ -19,6 +19,8 @@ FLOORS = {
     "data": 4,
     "checkpoint": 4,
     "training": 5,
+    "gradcam": 2,
+    "lettering": 2,
     "visualize": 6,
     "export": 6,
     "report": 7,

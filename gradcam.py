@@ -1,0 +1,135 @@
+"""Grad-CAM: where a layer of a network sees evidence for a class, and how that is drawn on an image."""
+
+import copy
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import cv2
+import matplotlib
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from utils import nearest
+
+SMALLEST_MAP = 5  # pixels: a class activation map under 5 x 5 shows where nothing is
+COLOURS = "plasma"  # from blue to yellow: none of its colours is a grey, on which it lies
+
+
+def cam_layers(model: nn.Module, image_size: int = 32) -> dict[str, int]:
+    """The stages of a network whose maps are large enough for Grad-CAM: name and side in pixels."""
+    return large_stages(map_shapes(model, image_size))
+
+
+def large_stages(shapes: dict[str, tuple[int, ...]]) -> dict[str, int]:
+    """Those of a network's maps that belong to a stage and are large enough: name and side."""
+    stages = {name: min(shape[2:]) for name, shape in shapes.items() if "." not in name}
+    return {name: side for name, side in stages.items() if side >= SMALLEST_MAP}
+
+
+def map_shapes(model: nn.Module, image_size: int) -> dict[str, tuple[int, ...]]:
+    """Output shape (1, C, H, W) of every named layer that makes a map, for one image."""
+    model = copy.deepcopy(model).eval()
+    shapes = {}
+
+    def note(name: str) -> Callable[[nn.Module, Any, Any], None]:
+        def hook(module: nn.Module, inputs: Any, output: Any) -> None:
+            if isinstance(output, Tensor) and output.dim() == 4:
+                shapes[name] = tuple(output.shape)
+
+        return hook
+
+    for name, module in model.named_modules():
+        if name:
+            module.register_forward_hook(note(name))
+    with torch.no_grad():
+        weight = next(model.parameters())
+        model(torch.zeros(1, 3, image_size, image_size, device=weight.device, dtype=weight.dtype))
+    return shapes
+
+
+def gradcam(
+    model: nn.Module, images: Tensor, layer: str, targets: Sequence[int] | np.ndarray
+) -> np.ndarray:
+    """Grad-CAM (Selvaraju et al., arXiv:1610.02391): where a layer sees evidence for a class.
+
+    A value is the part of the class's score (its logit) that the place adds, by the gradient at the
+    layer. Nothing is scaled or subtracted, so that maps of two classes can be compared. What speaks
+    against the class, which is under 0, becomes 0, as in the paper. Works on a copy of the model in
+    float32, so mode, gradients and hooks of the model stay as they are.
+
+    Args:
+        images: normalised float (N, 3, H, W).
+        layer: name of a layer as in `model.named_modules()`, such as "layer2" or "layer2.0.conv1".
+        targets: the class to explain for each image, (N,).
+
+    Returns:
+        float32 (N, H, W), 0 or more, enlarged to the image; 0 everywhere: nothing speaks for the class.
+
+    Raises:
+        ValueError: unknown layer, a map under 5 x 5, or targets that do not fit.
+    """
+    from pytorch_grad_cam import GradCAM  # two seconds of imports
+    from pytorch_grad_cam.utils.model_targets import ClassifierOutputTarget
+
+    check_layer(model, layer, images.shape[-1])
+    targets = [int(target) for target in targets]
+    if len(targets) != len(images):
+        raise ValueError(f"{len(targets)} targets for {len(images)} images")
+    if not targets:
+        return np.zeros((0, *images.shape[2:]), np.float32)
+    model = copy.deepcopy(model).float().eval().requires_grad_()
+    device = next(model.parameters()).device
+    with torch.no_grad():
+        classes = model(images[:1].to(device)).shape[1]
+    if not all(0 <= target < classes for target in targets):
+        raise ValueError(f"targets must be 0 to {classes - 1}, not {min(targets)} to {max(targets)}")
+    with torch.enable_grad(), torch.autocast(device.type, enabled=False):
+        # Not as a context manager, which hides an IndexError; the hooks die with the copy.
+        module = model.get_submodule(layer)
+        cam = GradCAM(model, [module])
+        wanted = [ClassifierOutputTarget(target) for target in targets]
+        cam(images.to(device), wanted)  # forward and backward; its maps are each scaled from 0 to 1
+        values = (cam.activations_and_grads.activations[0], cam.activations_and_grads.gradients[0])
+        maps = cam.get_cam_image(images, module, wanted, *(x.float().cpu().numpy() for x in values))
+    side = images.shape[:1:-1]
+    return np.stack([cv2.resize(one, side) for one in np.maximum(maps, 0).astype(np.float32)])
+
+
+def check_layer(model: nn.Module, layer: str, image_size: int) -> tuple[int, int]:
+    """Height and width of a layer's maps.
+
+    Raises:
+        ValueError: Grad-CAM cannot use the layer; those that it can use are named.
+    """
+    shapes = map_shapes(model, image_size)
+    allowed = ", ".join(f"{name} ({side} px)" for name, side in large_stages(shapes).items())
+    if layer not in shapes:
+        raise ValueError(f"unknown layer {layer!r}; choose from {allowed}{nearest(layer, shapes)}")
+    height, width = shapes[layer][2:]
+    if min(height, width) < SMALLEST_MAP:
+        raise ValueError(
+            f"layer {layer} has maps of {height} x {width}, under {SMALLEST_MAP} x {SMALLEST_MAP}; "
+            f"choose from {allowed}"
+        )
+    return height, width
+
+
+def overlay(
+    image: np.ndarray, heat: np.ndarray, opacity: float = 0.75, top: float | None = None
+) -> np.ndarray:
+    """An image in grey under its map: colour is evidence, and the more there is, the less of the image.
+
+    Args:
+        image: uint8 (H, W, 3).
+        heat: float (h, w), 0 or more, scaled to the image's size.
+        opacity: of the map where it is greatest.
+        top: the value of the brightest colour; none: the greatest of this map. Maps that are compared
+            need one for all.
+    """
+    top = float(heat.max() if top is None else top) or 1.0
+    heat = np.clip(cv2.resize(heat, image.shape[1::-1]) / top, 0, 1)
+    grey = cv2.cvtColor(image, cv2.COLOR_RGB2GRAY)[..., None]
+    cover = opacity * heat[..., None]
+    colors = 255 * matplotlib.colormaps[COLOURS](heat)[..., :3]
+    return (grey * (1 - cover) + colors * cover).round().astype(np.uint8)

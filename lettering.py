@@ -1,0 +1,103 @@
+"""Letters in figures: names as they are, in fonts that are installed."""
+
+import contextlib
+import functools
+import textwrap
+import unicodedata
+from collections.abc import Sequence
+from typing import Any
+
+import matplotlib
+import numpy as np
+from matplotlib import font_manager
+from matplotlib.ft2font import FT2Font
+
+from utils import plain
+
+STYLE: dict[Any, Any] = {
+    "font.size": 10,
+    "axes.titlesize": 11,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "grid.alpha": 0.3,
+    "legend.frameon": False,
+    "figure.dpi": 110,
+    "figure.constrained_layout.h_pad": 0.06,  # inches
+}
+INVISIBLE = dict.fromkeys(map(ord, "\u200c\u200d\ufe0e\ufe0f"))  # joiners, variants: boxes in figures
+FONT_HINT = (
+    "Class and number stand in the place of {} names, whose letters no installed font has. Install one, "
+    "as by: apt install fonts-noto-cjk fonts-symbola"
+)
+
+
+def wrap(text: str, inches: float) -> str:
+    """A small title in lines that are no longer than its picture is wide."""
+    lines = []
+    for line in text.splitlines():
+        wide = any(unicodedata.east_asian_width(letter) in "WF" for letter in line)
+        lines.append(textwrap.fill(line, int(inches * (7 if wide else 14))))  # of DejaVu Sans, 9 points
+    return literal("\n".join(lines))
+
+
+def style(text: str) -> dict[Any, Any]:
+    """`STYLE`, with the installed fonts that the characters of a text need."""
+    return STYLE | {"font.family": [*matplotlib.rcParams["font.family"], *fonts_for(text)[0]]}
+
+
+def fonts_for(text: str) -> tuple[list[str], set[str]]:
+    """Installed fonts for what matplotlib's own lacks, and the characters that none of them has."""
+    fonts: list[str] = []
+    missing = {letter for letter in text if not letter.isspace()}
+    missing -= characters_of(font_manager.findfont(font_manager.FontProperties()))
+    if missing:
+        note_new_fonts()
+    entries = [font for font in font_manager.fontManager.ttflist if font.style == "normal"]
+    while missing:
+        found = [len(missing & characters_of(font.fname)) for font in entries]
+        best = int(np.argmax(found)) if found else 0
+        if not found or not found[best]:
+            break
+        fonts.append(entries[best].name)
+        missing -= characters_of(entries[best].fname)
+    return fonts, missing
+
+
+def note_new_fonts() -> None:
+    """Tell matplotlib of fonts that were installed since it made its list, which it keeps for good."""
+    known = {font.fname for font in font_manager.fontManager.ttflist}
+    for path in font_manager.findSystemFonts():
+        if path not in known:
+            with contextlib.suppress(OSError, RuntimeError, KeyError):  # a file that is no usable font
+                font_manager.fontManager.addfont(path)
+
+
+@functools.cache
+def characters_of(path: str) -> frozenset[str]:
+    """The characters that a font file draws: none, if it holds pictures, or stands for all fonts."""
+    if "LastResort" in path:  # a box for every character there is
+        return frozenset()
+    try:
+        font = FT2Font(path)
+    except (OSError, RuntimeError):  # removed since, or of a kind that matplotlib cannot use
+        return frozenset()
+    return frozenset(map(chr, font.get_charmap())) if font.scalable else frozenset()
+
+
+def legible(names: Sequence[str], kind: str = "class") -> list[str]:
+    """Names as figures show them; one that no installed font can draw becomes its kind and number."""
+    names = [plain(name).translate(INVISIBLE) for name in names]
+    missing = fonts_for("".join(names))[1]
+    return [f"{kind} {k}" if missing & set(name) else name for k, name in enumerate(names)]
+
+
+def font_note(names: Sequence[str]) -> str:
+    """What to say where `legible` had to use numbers."""
+    count = sum(name == f"class {k}" != names[k] for k, name in enumerate(legible(names)))
+    return FONT_HINT.format(count) if count else ""
+
+
+def literal(text: str) -> str:
+    """A name that matplotlib draws as it is: between two dollar signs it would expect mathematics."""
+    return text.replace("$", r"\$")
