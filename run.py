@@ -96,12 +96,13 @@ def open_run(config: Config, device: torch.device, loaders: Loaders, model: nn.M
     if any(before.get(name) != value for name, value in config.identity.items()):
         (folder / "lr_finder.json").unlink(missing_ok=True)  # of another run, which left no checkpoint
     write_whole(path, json.dumps(asdict(config), indent=1))
+    dtype = name_of(pick_precision(config.precision, device))
+    facts = {**environment(device), "precision": dtype}
     try:
         read_files(folder, "environment.json")  # of where the run began
     except ValueError:
-        write_whole(folder / "environment.json", json.dumps(environment(device), indent=1))
+        write_whole(folder / "environment.json", json.dumps(facts, indent=1))
     write_whole(folder / "summary.txt", summarize(model, config.image_size))
-    dtype = name_of(pick_precision(config.precision, device))
     print(f"{config.model} on {config.dataset}, {device}, {dtype}, seed {config.seed}, in {folder}")
     return folder
 

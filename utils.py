@@ -69,18 +69,24 @@ class Predictions:
         """Answers in bins of equal width by their probability, 15 as in Guo et al., arXiv:1706.04599."""
         sure, right = self.probabilities.max(1).astype(float), self.predicted == self.labels
         place = np.minimum((sure * bins).astype(int), bins - 1)
-        counts, hits, total = (
-            np.bincount(place, weights, bins) for weights in (None, right.astype(float), sure)
-        )
-        error = np.abs(hits - total).sum() / len(sure)
-        return Calibration(counts.astype(int), hits.astype(int), total / np.maximum(counts, 1), error)
+        counts, total = np.bincount(place, minlength=bins), np.bincount(place, sure, bins)
+
+        def error(right: np.ndarray) -> float:
+            return float(np.abs(np.bincount(place, right, bins) - total).sum() / len(sure))
+
+        random = np.random.default_rng(0)
+        chance = [error(random.random(len(sure)) < sure) for _ in range(100)]
+        hits = np.bincount(place, right, bins).astype(int)
+        mean = total / np.maximum(counts, 1)
+        return Calibration(counts, hits, mean, error(right), float(np.quantile(chance, 0.95)))
 
 
 class Calibration(NamedTuple):
     """How often answers are right, by the probability that they were given, in bins of equal width.
 
     `error` is the expected calibration error: how far the share of right answers lies from the mean
-    probability, averaged over the bins, each weighted by its number of answers.
+    probability, averaged over the bins, each weighted by its number of answers. `chance` is what 95 of
+    100 networks stay under on these images that are exactly as often right as they say.
 
     Shape:
         answers and right int (B,), probability float (B,): its mean over a bin, 0 where none is.
@@ -90,6 +96,7 @@ class Calibration(NamedTuple):
     right: np.ndarray
     probability: np.ndarray
     error: float
+    chance: float
 
 
 def share_interval(hits: int, count: int, confidence: float = 0.95) -> tuple[float, float]:
@@ -381,21 +388,25 @@ def summarize(model: nn.Module, image_size: int = 32) -> str:
     return str(table).replace("Units.MEGABYTES", "M").replace("Units.GIGABYTES", "G")
 
 
-def plain(text: object) -> str:
+def plain(text: object, squeeze: bool = True) -> str:
     """Text from outside (a name, a path, a value) on one line, without what steers a terminal or a page.
 
     Control characters, line breaks and lone surrogates become spaces and replacement characters;
     characters that turn the direction of writing or cannot be seen go, but for the joiners of scripts.
+
+    Args:
+        squeeze: make one space of several.
     """
     kinds = {"Cc": " ", "Zl": " ", "Zp": " ", "Cs": "\ufffd", "Co": "\ufffd", "Cn": "\ufffd", "Cf": ""}
     joiners = "\u200c\u200d"
     shown = [c if c in joiners else kinds.get(unicodedata.category(c), c) for c in str(text)]
-    return " ".join("".join(shown).split())
+    return " ".join("".join(shown).split()) if squeeze else "".join(shown)
 
 
 def escape(text: object) -> str:
     """Text from outside as Markdown shows it, whatever is in it."""
-    return re.sub(r"([\\`*_<>|\[\]$&~#])", r"\\\1", plain(text))
+    within = r"(?<![^\W_])_|_(?![^\W_])"  # an underscore inside a word is no markup
+    return re.sub(rf"([\\`*<>|\[\]$&~#]|{within})", r"\\\1", plain(text))
 
 
 def show_probability(probability: float) -> str:

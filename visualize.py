@@ -25,7 +25,7 @@ from gradcam import check_layer, gradcam, overlay
 from lettering import STYLE, font_note, legible, literal, style, wrap
 from training.lr_finder import LRFinderResult, finite_losses, smooth
 from transforms import CIFAR10_MEAN, CIFAR10_STD, normalize
-from utils import History, Predictions, share_interval, show_probability
+from utils import History, Predictions, plain, share_interval, show_probability
 
 # Okabe and Ito's colours, told apart with every kind of colour vision.
 COLORS = ("#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9")
@@ -183,7 +183,7 @@ def plot_lr_finder(result: LRFinderResult, rule: str | None = None) -> Figure:
         axis.plot(result.lrs[: len(curve)], curve, color="0.2", linewidth=2, label="smoothed")
         for (name, rate), color in zip(result.suggestions.items(), COLORS, strict=False):
             used = name == rule
-            label = f"{name.replace('_', ' ')}: {rate:.2e}{' (used)' if used else ''}"
+            label = f"{literal(plain(name.replace('_', ' ')))}: {rate:.2e}{' (used)' if used else ''}"
             axis.axvline(
                 rate,
                 color=color,

@@ -23,6 +23,8 @@ FLOORS = {
     "lettering": 2,
     "visualize": 6,
     "export": 6,
+    "findings": 5,
+    "sections": 6,
     "report": 7,
     "run": 8,
     "main": 9,

@@ -5,20 +5,14 @@ from dataclasses import asdict, replace
 import numpy as np
 import pytest
 
+import lettering
 import main
 from config import Config, parse_config
 from data import make_loaders
-from report import (
-    classes_section,
-    confusions,
-    escape,
-    how_evaluated,
-    method,
-    mistakes_section,
-    warnings_of,
-    write_report,
-)
-from utils import Epoch, History, Predictions
+from findings import calibration_section, classes_section, confusions, fenced, mistakes_section, numbers
+from report import class_names, comparison, write_mistakes, write_report
+from sections import gap, headline, how_evaluated, method, next_step, repeat_section, warnings_of
+from utils import Epoch, History, Predictions, escape, share_interval
 from weights_file import load_weights
 
 
@@ -43,6 +37,7 @@ def test_the_report_has_what_the_exercise_hands_in(finished):
         "Learning rate",
         "Training",
         "Classes",
+        "How sure it is",
         "Mistakes",
         "To repeat it",
     ]
@@ -53,6 +48,7 @@ def test_the_report_has_what_the_exercise_hands_in(finished):
         "curves",
         "lr_history",
         "confusion_matrix",
+        "reliability",
         "misclassified",
         "gradcam_layer1",
         "gradcam_layer2",
@@ -71,7 +67,7 @@ def test_the_reports_numbers_are_those_of_the_history_and_of_the_saved_weights(f
     assert f"| validation accuracy | {last.val_accuracy:.2%} |" in text
     assert "3,600 train + 400 validation + 1,000 test images of 10 classes" in text
     recall = (predictions.predicted == 0)[predictions.labels == 0].mean()
-    assert re.search(rf"\| airplane \| [\d.]+% \| {recall:.1%} \|", text)
+    assert re.search(rf"\| airplane \| ([\d.]+%|never answered) \| {recall:.1%} \|", text)
 
 
 def test_a_run_without_mistakes_has_a_report(finished, tmp_path):
@@ -88,9 +84,211 @@ def test_a_run_without_mistakes_has_a_report(finished, tmp_path):
 def test_names_of_classes_are_shown_as_they_are_and_are_no_markup():
     predictions = Predictions(np.eye(2, dtype=np.float32)[[1, 1, 0]], np.array([0, 1, 0]))
     names = [escape(name) for name in ("a|b <b>", "_x_ $1 *2*")]
-    text = classes_section(predictions, names) + mistakes_section(predictions, [], names)
+    text = classes_section(predictions, names) + mistakes_section(predictions, {}, names, CONFIG)
     assert r"| a\|b \<b\> |" in text and r"\_x\_ \$1 \*2\*" in text
     assert not re.search(r"(?<!\\)[<$*_]", text.replace("**", "").partition("![")[0])
+
+
+def test_no_text_from_outside_steers_the_report_the_figures_or_the_page(finished, tmp_path):
+    evil = "x\x1b[31m|y\n# Heading\n```\n<script>alert(1)</script> ![i](http://h) \udce9 \u202e"
+    for name in ("summary.txt", "history.json", "lr_finder.json", "environment.json", "config.json"):
+        (tmp_path / name).write_bytes((finished / name).read_bytes())
+    config = json.loads((tmp_path / "config.json").read_text()) | {"output": evil, "data": evil}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    machine = {"machine": evil, "versions": evil, "precision": evil}
+    (tmp_path / "environment.json").write_text(json.dumps(machine))
+    (tmp_path / "summary.txt").write_text("```\n# Heading\n\x1b[31m")
+    model, card = load_weights(finished)
+    loaders = make_loaders(Config(**card["config"]))
+    for loader in (loaders.train, loaders.test):
+        split = replace(loader.dataset.split, classes=(evil, *loaders.classes[1:]))
+        loader.dataset.split = split
+    predictions = main.predict(model, "cpu", loaders.test, precision="fp32")
+    text = write_report(tmp_path, model, loaders, predictions).read_text()
+    page, table = ((tmp_path / name).read_text() for name in ("report.html", "mistakes.csv"))
+    for content in (text, page, table):
+        assert not re.search(r"[\x00-\x09\x0b-\x1f\u202e\udc80-\udcff]", content)
+    assert "<script" not in page and "<h1>Heading" not in page and 'src="http' not in page
+    rows = [line for line in text.splitlines() if line.startswith("| output")]
+    assert len(rows) == 1 and len(re.findall(r"(?<!\\)\|", rows[0])) == 3
+
+
+def test_a_class_without_an_image_is_called_unknown_and_not_the_worst():
+    predictions = make_predictions([0, 0, 1, 1] * 50, [0, 0, 1, 0] * 50)
+    text = classes_section(predictions, ["a", "b", "nothing"])
+    assert "| nothing | never answered | no image |  |  | 0 |" in text
+    assert "No test image is of nothing: how well that is found is unknown." in text
+    assert "than nothing" not in text and "Found more often than a (66.7%): b." in text
+
+
+@pytest.mark.parametrize(("images", "named"), [(4, False), (400, True)])
+def test_classes_are_ranked_only_where_their_intervals_are_apart(images, named):
+    quarter = images // 4
+    labels = [0] * images + [1] * images
+    predicted = [0] * images + [1] * (3 * quarter) + [0] * quarter
+    text = classes_section(make_predictions(predicted, labels), "abc")
+    assert ("Found less often than a (100.0%): b." in text) == named
+    assert ("All differences between classes are within the intervals" in text) != named
+
+
+def test_among_many_equal_classes_none_is_named_by_luck():
+    named = 0
+    for seed in range(40):
+        rng = np.random.default_rng(seed)
+        labels = np.arange(1000) % 10
+        predicted = np.where(rng.random(1000) < 0.7, labels, (labels + 1) % 10)
+        predictions = Predictions(np.eye(10, dtype=np.float32)[predicted], labels)
+        named += "Found" in classes_section(predictions, [str(k) for k in range(10)])
+    assert named <= 2  # of 40, at 95 %
+
+
+def test_the_accuracy_comes_with_its_interval_and_the_level_of_chance():
+    predictions = make_predictions([0, 0, 1, 2], [0, 0, 0, 2])
+    text = headline(CONFIG, make_history(1.0), predictions, "abc", "fp32")
+    low, high = share_interval(3, 4)
+    assert f"| its 95% interval (Wilson) | {low:.1%} to {high:.1%} |" in text
+    assert "| level of chance: always the most frequent class | 75.0% |" in text
+
+
+@pytest.mark.parametrize(
+    ("asked", "used", "shown"),
+    [
+        ("auto", "bf16", "| bf16, as `auto` chose |"),
+        ("fp32", "fp32", "| fp32 |"),
+        ("auto", "auto", "| auto; which was not recorded |"),
+    ],
+)
+def test_the_precision_that_was_used_is_told(asked, used, shown):
+    config = CONFIG | {"precision": asked}
+    assert shown in headline(config, make_history(1.0), make_predictions([0], [0]), "abc", used)
+
+
+def test_what_auto_became_is_recorded_as_the_run_begins(finished):
+    assert stored(finished, "environment")["precision"] == "fp32"
+
+
+@pytest.mark.parametrize(("right", "said"), [(80, "within the"), (300, "less sure"), (5, "is surer")])
+def test_how_sure_it_is_is_judged_by_how_often_it_is_right(right, said):
+    probabilities = np.tile(np.array([[0.25, 0.75]]), (100, 1)) if right == 80 else None
+    if probabilities is None:
+        sure = 0.6 if right == 300 else 0.95
+        probabilities = np.tile(np.array([[1 - sure, sure]]), (300, 1))
+    labels = (np.arange(len(probabilities)) < right).astype(int)
+    text = calibration_section(Predictions(probabilities, labels))
+    assert said in text and "expected calibration error is" in text
+    assert ("No answer has a probability over 90%" in text) == (right != 5)
+
+
+CAUSES = {
+    "augmented": "on augmented images",
+    "dropout": "with dropout at work",
+    "ema": "averaged weights",
+}
+
+
+@pytest.mark.parametrize(
+    ("changes", "causes"),
+    [
+        ({}, ["augmented"]),
+        ({"padding": 0, "flip": False, "cutout": 0}, []),
+        ({"padding": 0, "flip": False, "cutout": 0, "dropout": 0.5}, ["dropout"]),
+        ({"flip": False, "cutout": 0, "ema_decay": 0.9}, ["augmented", "ema"]),
+        ({"padding": 0, "flip": False, "cutout": 0, "grayscale": 0.1}, ["augmented"]),
+    ],
+)
+@pytest.mark.parametrize("train", [0.2, 0.42, 0.9])
+def test_only_causes_that_the_run_has_are_given_for_its_training_accuracy(changes, causes, train):
+    history = make_history(1.0)
+    history.epochs[-1] = replace(history.epochs[-1], train_accuracy=train)
+    said = gap(asdict(Config(**changes)), history)
+    assert "while the weights still move" in said and "harder ones" not in said
+    assert [name for name, words in CAUSES.items() if words in said] == causes
+    assert ("A gap of over 5 points is overfitting" in said) == (train == 0.9)
+
+
+@pytest.mark.parametrize(
+    ("changes", "train", "warned", "said"),
+    [
+        ({"epochs": 3}, 0.4, False, "finish this run"),
+        ({}, 0.4, True, "a lower learning rate, such as `--lr 0.01`"),
+        ({"dataset": "cifar10-sample"}, 0.9, False, "`python main.py --recipe quick`"),
+        ({"cutout": 0}, 0.9, False, "`--cutout 8`"),
+        ({"flip": False}, 0.9, False, "`--flip`"),
+        ({"dataset": "svhn"}, 0.9, False, "`--optimizer adamw --weight-decay 0.05`"),
+        ({"weight_decay": 0.1}, 0.9, False, "more training images"),
+        ({}, 0.3, False, "`--epochs 2`"),
+    ],
+)
+def test_one_thing_to_try_next_follows_from_the_run(changes, train, warned, said):
+    history = make_history(1.0)
+    history.epochs[-1] = replace(history.epochs[-1], train_accuracy=train)
+    advice = next_step(asdict(Config(**({"epochs": 1} | changes))), history, warned)
+    assert said in advice
+    for flags in re.findall(r"`(--[^`]+)`", advice):
+        parse_config(flags.replace("--resume --output", "--resume --output x").split())
+
+
+def test_the_settings_that_were_changed_come_first_and_the_others_are_folded_away():
+    text = repeat_section(asdict(Config(epochs=3, output="runs/p|q")), "", make_predictions([0], [0]))
+    changed, others = text.split("<details>")
+    assert "| epochs | 3 |" in changed and r"| output | runs/p\|q |" in changed
+    assert "| batch_size | 512 |" in others and "epochs |" not in others
+
+
+def test_close_is_a_number():
+    predictions = make_predictions([0] * 700 + [1] * 300, [0] * 1000)
+    low, high = share_interval(700, 1000)
+    said = f"within about {100 * (high - low) / 2**0.5:.1f} points are close"
+    assert said in repeat_section(CONFIG, "", predictions) and "about 4.0 points" in said
+
+
+def test_mistakes_are_a_table_with_files_where_there_are_files(tmp_path):
+    predictions = make_predictions([0, 1, 1, 2], [0, 0, 1, 0])
+    write_mistakes(tmp_path, predictions, "abc", None)
+    lines = (tmp_path / "mistakes.csv").read_text().splitlines()
+    assert lines == ["index,true,predicted,probability", "1,a,b,1.000000", "3,a,c,1.000000"]
+    files = ("w.png", "x, y\n|.png", "z.png", "last.png")
+    write_mistakes(tmp_path, predictions, "abc", files)
+    lines = (tmp_path / "mistakes.csv").read_text().splitlines()
+    assert lines[:2] == ["index,file,true,predicted,probability", '1,"x, y |.png",a,b,1.000000']
+    assert r"| #1 | x, y \|.png |" in numbers(CONFIG, np.array([1, 3]), files)
+
+
+def test_the_line_that_shows_an_image_shows_that_image(finished, monkeypatch):
+    from PIL import Image
+
+    text = (finished / "report.md").read_text()
+    code = re.search(r"```python\n(.*?)\n```", text, re.DOTALL)[1]
+    number = int(re.search(r"this shows #(\d+)", text)[1])
+    seen = []
+    monkeypatch.setattr(Image.Image, "show", lambda image: seen.append(image))
+    exec(code, {})
+    model, card = load_weights(finished)
+    expected = make_loaders(Config(**card["config"])).test.dataset.split.images[number]
+    assert seen == [Image.fromarray(expected).resize((256, 256))]
+
+
+def test_the_page_holds_its_figures(finished):
+    page = (finished / "report.html").read_text()
+    text = (finished / "report.md").read_text()
+    assert page.count('src="data:image/png;base64,') == text.count("](figures/")
+    assert "figures/" not in page and "<details>" in page and "<table>" in page
+    assert "<title>custom" in page and "\\_" not in page.partition("</title>")[0]
+
+
+def test_a_fence_is_longer_than_any_in_its_text():
+    assert fenced("a\n````\nb") == "`````\na\n````\nb\n`````"
+
+
+def test_names_that_figures_cannot_show_have_their_numbers_in_the_report(monkeypatch):
+    assert class_names(["a", "b"]) == ["a", "b"]
+    monkeypatch.setattr(lettering, "fonts_for", lambda text: ([], {"\u732b"} & set(text)))
+    assert class_names(["a_b", "\u732b"]) == ["0: a_b", "1: \u732b"]
+
+
+def test_names_of_runs_are_compared_without_escapes():
+    runs = {"\x1b[31mone": (Config(), make_history(1.0), "1"), "two": (Config(), make_history(1.0), "1")}
+    assert comparison(runs)[0] == ["run", "[31mone", "two"]
 
 
 def test_the_report_tells_how_to_run_it_again_and_where_it_ran(finished):
@@ -99,6 +297,9 @@ def test_the_report_tells_how_to_run_it_again_and_where_it_ran(finished):
     assert parse_config(command.split()) == Config(**stored(finished, "config"))
     environment = stored(finished, "environment")
     assert environment["machine"] in text and environment["versions"] in text
+
+
+CONFIG = asdict(Config(epochs=1))
 
 
 def stored(folder, name):

@@ -351,6 +351,15 @@ def test_the_calibration_error_is_that_of_guo_et_al():
     found = predictions.calibration()
     assert found.error == pytest.approx(expected, abs=1e-6)
     assert (found.answers.sum(), found.right.sum()) == (500, right.sum())
+    assert 0.02 < found.chance < found.error / 2  # these labels were drawn without a look
+
+
+def test_a_network_that_is_as_often_right_as_it_says_is_within_chance():
+    rng = np.random.default_rng(1)
+    probabilities = rng.dirichlet([0.5] * 3, 2000)
+    labels = np.array([rng.choice(3, p=row) for row in probabilities])
+    found = Predictions(probabilities, labels).calibration()
+    assert found.error < found.chance < 0.05
 
 
 def test_the_interval_of_a_share_is_wilsons():
