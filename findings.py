@@ -124,8 +124,8 @@ def confusions(predictions: Predictions, classes: Sequence[str], count: int = 5)
     ]
 
 
-def calibration_section(predictions: Predictions) -> str:
-    """Whether the network is as often right as it says."""
+def calibration_section(predictions: Predictions, label_smoothing: float = 0.0) -> str:
+    """Whether the network is as often right as it says; label smoothing asks it to be less sure."""
     found, sure = predictions.calibration(), predictions.probabilities.max(1)
     low, high = accuracy_interval(predictions)
     mean = float(sure.mean())
@@ -134,6 +134,7 @@ def calibration_section(predictions: Predictions) -> str:
         verdict = "over the interval of the accuracy: it is surer than it should be"
     elif mean < low:
         verdict = "under the interval of the accuracy: it is less sure than it could be"
+        verdict += ", as label smoothing asks of it" if label_smoothing else ""
     high_ones = sure > 0.9
     right = (predictions.predicted == predictions.labels)[high_ones]
     of_them = "No answer has a probability over 90%."

@@ -27,8 +27,8 @@ STYLE: dict[Any, Any] = {
 }
 INVISIBLE = dict.fromkeys(map(ord, "\u200c\u200d\ufe0e\ufe0f"))  # joiners, variants: boxes in figures
 FONT_HINT = (
-    "Class and number stand in the place of {} names, whose letters no installed font has. Install one, "
-    "as by: apt install fonts-noto-cjk fonts-symbola"
+    "No installed font has all letters of some names ({}): class and number stand there. Install a "
+    "font, as by: apt install fonts-noto-cjk fonts-symbola"
 )
 
 
@@ -37,7 +37,7 @@ def wrap(text: str, inches: float) -> str:
     lines = []
     for line in text.splitlines():
         wide = any(unicodedata.east_asian_width(letter) in "WF" for letter in line)
-        lines.append(textwrap.fill(line, int(inches * (7 if wide else 14))))  # of DejaVu Sans, 9 points
+        lines.append(textwrap.fill(line, int(inches * (6.5 if wide else 13))))  # of DejaVu Sans, 9 pt
     return literal("\n".join(lines))
 
 

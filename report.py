@@ -52,7 +52,7 @@ PAGE = """<!doctype html>
 body {{ font: 16px/1.5 system-ui, sans-serif; max-width: 60rem; margin: auto; padding: 0 1rem 4rem; }}
 h2 {{ margin-top: 3rem; border-bottom: 1px solid #8888; }}
 table {{ border-collapse: collapse; display: block; overflow-x: auto; }}
-th, td {{ padding: 0.2rem 0.8rem; border: 1px solid #8888; }}
+th, td {{ padding: 0.2rem 0.8rem; border: 1px solid #8888; white-space: nowrap; }}
 pre {{ overflow-x: auto; padding: 0.8rem; background: #8882; font-size: 0.85rem; }}
 img {{ max-width: 100%; background: white; }}
 blockquote {{ border-left: 4px solid #d55e00; margin: 0; padding-left: 1rem; }}
@@ -132,7 +132,7 @@ def write_report(
         finder_section(config, found, history),
         training_section(config, history),
         classes_section(predictions, classes),
-        calibration_section(predictions),
+        calibration_section(predictions, config["label_smoothing"]),
         mistakes_section(predictions, layers, classes, config, files),
         repeat_section(config, machine, predictions),
     ]

@@ -45,7 +45,8 @@ def headline(
         markdown_table(["", "this run"], facts),
         "The interval says where the accuracy on other images of the same kind may lie; another seed "
         "moves it besides.",
-        f"**What to try next:** {next_step(config, history, bool(warnings))}",
+        "**What to try next:** "
+        f"{next_step(config, history, bool(warnings), len(predictions.misclassified()))}",
     )
 
 
@@ -54,8 +55,10 @@ def measured_on(config: dict) -> str:
     return "augmented images" if augmentations(config) else "images that are not augmented"
 
 
-def next_step(config: dict, history: History, warned: bool) -> str:
+def next_step(config: dict, history: History, warned: bool, mistakes: int = 1) -> str:
     """One thing that is likely to help, by what the run shows."""
+    if not mistakes:
+        return "more test images, or harder ones: on these it makes no mistake."
     if len(history.epochs) < config["epochs"]:
         return "finish this run, with the same command and `--resume --output` and its folder."
     if warned:

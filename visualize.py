@@ -243,7 +243,7 @@ def plot_reliability(predictions: Predictions) -> Figure:
         label = "this network, with 95% intervals"
         top.errorbar(found.probability[kept], share, bars, label=label, **marks)
         low.bar(edges, found.answers, width=0.9 / len(edges), align="edge", color=COLORS[0])
-        top.legend(loc="lower right", fontsize=9)
+        top.legend(loc="best", fontsize=9)
         top.set(xlim=(0, 1), ylim=(0, 1.02), ylabel="share of right answers")
         top.set_title(f"Reliability: expected calibration error {100 * found.error:.1f} points")
         low.set(xlabel="probability of the answer", ylabel="answers")

@@ -608,6 +608,8 @@ def test_a_run_leaves_everything_in_its_folder(finished):
         "tensorboard",
         "figures",
         "report.md",
+        "report.html",
+        "mistakes.csv",
         ".lock",
     }
     assert Config(**json.loads((finished / "config.json").read_text())).max_train_batches == 3

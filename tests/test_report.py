@@ -174,8 +174,9 @@ def test_how_sure_it_is_is_judged_by_how_often_it_is_right(right, said):
         sure = 0.6 if right == 300 else 0.95
         probabilities = np.tile(np.array([[1 - sure, sure]]), (300, 1))
     labels = (np.arange(len(probabilities)) < right).astype(int)
-    text = calibration_section(Predictions(probabilities, labels))
-    assert said in text and "expected calibration error is" in text
+    text, smoothed = (calibration_section(Predictions(probabilities, labels), x) for x in (0, 0.1))
+    assert ("as label smoothing asks" in smoothed) == (right == 300)
+    assert said in text and "smoothing" not in text and "expected calibration error is" in text
     assert ("No answer has a probability over 90%" in text) == (right != 5)
 
 
@@ -226,6 +227,11 @@ def test_one_thing_to_try_next_follows_from_the_run(changes, train, warned, said
     assert said in advice
     for flags in re.findall(r"`(--[^`]+)`", advice):
         parse_config(flags.replace("--resume --output", "--resume --output x").split())
+
+
+def test_a_run_without_a_mistake_is_not_told_to_train_longer():
+    text = headline(CONFIG, make_history(1.0), make_predictions([0, 1, 2], [0, 1, 2]), "abc", "fp32")
+    assert "What to try next:** more test images" in text
 
 
 def test_the_settings_that_were_changed_come_first_and_the_others_are_folded_away():
