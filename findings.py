@@ -191,8 +191,9 @@ def mistakes_section(
 def numbers(config: dict, shown: np.ndarray, files: Sequence[str] | None) -> str:
     """What the number of an image is, how one gets the picture, and of which file it is."""
     source = f"{config['dataset']!r}, 'test', {config['data']!r}"
-    if config["dataset"] == "folder":
-        source += f", image_size={config['image_size']}"
+    if config["dataset"] == "folder":  # as the run read its files
+        options = {name: config[name] for name in ("image_size", "fit") if name in config}
+        source += "".join(f", {name}={value!r}" for name, value in options.items())
     code = (
         "from PIL import Image; from sources import load_split\n"
         f"Image.fromarray(load_split({source}).images[{shown[0]}]).resize((256, 256)).show()"

@@ -274,6 +274,12 @@ def test_the_line_that_shows_an_image_shows_that_image(finished, monkeypatch):
     assert seen == [Image.fromarray(expected).resize((256, 256))]
 
 
+def test_an_image_of_a_folder_is_read_as_the_run_read_it():
+    config = CONFIG | {"dataset": "folder", "data": "my pictures", "image_size": 48, "fit": "pad"}
+    text = numbers(config, np.array([3]), None)
+    assert "load_split('folder', 'test', 'my pictures', image_size=48, fit='pad').images[3]" in text
+
+
 def test_the_page_holds_its_figures(finished):
     page = (finished / "report.html").read_text()
     text = (finished / "report.md").read_text()
