@@ -28,7 +28,7 @@ from sections import (
 )
 from training.lr_finder import LRFinderResult, read_finder
 from transforms import denormalize
-from utils import History, Predictions, escape, plain
+from utils import History, Predictions, escape, plain, summarize
 from visualize import (
     cam_layers,
     plot_confusion_matrix,
@@ -117,7 +117,7 @@ def write_report(
     """
     folder = Path(folder)
     run, machine, history = read_files(folder, "config.json", "environment.json", "history.json")
-    config = asdict(run)
+    config = asdict(run) | {"batch_size": dataset_of(loaders.train).batch_size}
     facts = json.loads((folder / "environment.json").read_bytes())
     found = read_finder(folder) if config["lr"] is None else None
     draw_training(folder, config, history, found, loaders)
@@ -128,7 +128,7 @@ def write_report(
     parts = [
         headline(config, history, predictions, classes, facts.get("precision", config["precision"])),
         data_section(loaders, config),
-        model_section(config, model, (folder / "summary.txt").read_text(encoding="utf-8")),
+        model_section(config, model, summarize(model, config["image_size"])),
         finder_section(config, found, history),
         training_section(config, history),
         classes_section(predictions, classes),

@@ -265,6 +265,7 @@ def report_run(
     images = f"{len(predictions.labels):,} images" + ", each with its mirror image" * config.tta
     print(f"test accuracy {predictions.accuracy:.2%} of {images}")
     print(f"report {path}")
+    print(f"the same with its figures in one file: {path.with_suffix('.html')}")
 
 
 def test_images(

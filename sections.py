@@ -130,7 +130,7 @@ def data_section(loaders: Loaders, config: dict) -> str:
         f"and standard deviation {std}.",
         f"Augmentation of training images, drawn anew in every epoch: "
         f"{', '.join(augmentations(config)) or 'none; their order alone changes'}. "
-        "Validation and test images are only normalised. As it ran:",
+        "Validation and test images get the part of it that does not vary. As it ran:",
         fenced(textwrap.fill(dataset_of(loaders.train).describe(), 100)),
         figure("samples", "The first training batch as the network sees it, normalisation undone"),
     )
