@@ -16,9 +16,9 @@ from checkpoint import read_files
 from config import STORAGE_FIELDS, Config
 from data import Loaders, dataset_of
 from files import write_whole
-from findings import calibration_section, classes_section, mistakes_section
-from lettering import font_note
-from sections import (
+from reporting.findings import calibration_section, classes_section, mistakes_section
+from reporting.lettering import font_note
+from reporting.sections import (
     data_section,
     finder_section,
     headline,

@@ -20,9 +20,9 @@ from matplotlib.ticker import PercentFormatter
 from torch import nn
 
 from files import write_whole
-from gradcam import cam_layers as cam_layers  # offered here, too
-from gradcam import check_layer, gradcam, overlay
-from lettering import STYLE, font_note, legible, literal, style, wrap
+from reporting.gradcam import cam_layers as cam_layers  # offered here, too
+from reporting.gradcam import check_layer, gradcam, overlay
+from reporting.lettering import STYLE, font_note, legible, literal, style, wrap
 from training.lr_finder import LRFinderResult, finite_losses, smooth
 from transforms import CIFAR10_MEAN, CIFAR10_STD, normalize
 from utils import History, Predictions, plain, share_interval, show_probability

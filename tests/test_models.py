@@ -4,7 +4,7 @@ import torchinfo
 
 import models
 import utils
-from visualize import map_shapes
+from reporting.gradcam import map_shapes
 
 PUBLISHED = [  # network, options, parameters
     ("custom_resnet", {}, 6_573_130),

@@ -5,13 +5,28 @@ from dataclasses import asdict, replace
 import numpy as np
 import pytest
 
-import lettering
 import main
 from config import Config, parse_config
 from data import make_loaders
-from findings import calibration_section, classes_section, confusions, fenced, mistakes_section, numbers
 from report import class_names, comparison, write_mistakes, write_report
-from sections import gap, headline, how_evaluated, method, next_step, repeat_section, warnings_of
+from reporting import lettering
+from reporting.findings import (
+    calibration_section,
+    classes_section,
+    confusions,
+    fenced,
+    mistakes_section,
+    numbers,
+)
+from reporting.sections import (
+    gap,
+    headline,
+    how_evaluated,
+    method,
+    next_step,
+    repeat_section,
+    warnings_of,
+)
 from utils import Epoch, History, Predictions, escape, share_interval
 from weights_file import load_weights
 
@@ -101,7 +116,8 @@ def test_no_text_from_outside_steers_the_report_the_figures_or_the_page(finished
     model, card = load_weights(finished)
     loaders = make_loaders(Config(**card["config"]))
     for loader in (loaders.train, loaders.test):
-        split = replace(loader.dataset.split, classes=(evil, *loaders.classes[1:]))
+        named = "x|y # Heading ``` <script>alert(1)</script> ![i](http://h)"  # what a split lets in
+        split = replace(loader.dataset.split, classes=(named, *loaders.classes[1:]))
         loader.dataset.split = split
     predictions = main.predict(model, "cpu", loaders.test, precision="fp32")
     text = write_report(tmp_path, model, loaders, predictions).read_text()

@@ -10,9 +10,9 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.text import Text
 
-import lettering
 import models
 import visualize
+from reporting import lettering
 from training.lr_finder import LRFinderResult, suggest_lrs
 from transforms import normalize
 from utils import Epoch, History, Predictions

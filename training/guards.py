@@ -2,6 +2,7 @@
 
 import contextlib
 import math
+import os
 import signal
 import threading
 import time
@@ -91,6 +92,9 @@ def warn_if_dead(
         print(f"warning: epoch {epoch_state.epoch}: on {part} images the network {fault}; {LR_HINT}")
 
 
+PATIENCE = 2.0  # seconds that a batch may still take after a signal
+
+
 class Stopped(KeyboardInterrupt):
     """SIGINT or SIGTERM ended a run, between two updates."""
 
@@ -105,6 +109,8 @@ class Signals:
     def __init__(self) -> None:
         self.depth, self.since = 0, 0.0
         self.number: int | None = None
+        self.waiting = False  # for a batch
+        self.alarm = threading.Timer(0, int)  # sends a deferred signal again, once started
 
     def handle(self, number: int, frame: FrameType | None) -> None:
         """Raise `Stopped`, or note it for the end of what must not be interrupted."""
@@ -113,11 +119,17 @@ class Signals:
             # error wherever the program is, even in the middle of an update. Without that handler it
             # notices missing workers when it waits for their next batch.
             signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-        if not self.depth:
+        if not self.depth and not self.waiting:
             raise Stopped(number)
         now = time.monotonic()
         if self.number is None:
             self.number, self.since = number, now
+            if self.waiting:
+                self.alarm = threading.Timer(PATIENCE, os.kill, (os.getpid(), number))
+                self.alarm.daemon = True
+                self.alarm.start()
+        elif self.waiting:
+            self.raise_noted()
         elif number == signal.SIGINT and now - self.since > 1:
             raise KeyboardInterrupt  # asked twice: at once, and without a checkpoint of half an update
 
@@ -133,23 +145,38 @@ class Signals:
             # A worker process got the signal too, and was missed before the update.
         finally:
             self.depth -= 1
-        if not self.depth and self.number is not None:
-            number, self.number = self.number, None
-            raise Stopped(number)
+        if not self.depth:
+            self.raise_noted()
 
     def batches(self, loader: Iterable[Any]) -> Iterator[Any]:
-        """The batches of a loader; a signal ends the wait for one."""
+        """The batches of a loader. A signal ends the wait for one that does not come within `PATIENCE`.
+
+        Until then it is deferred: a worker process that is left in the middle of handing a batch over
+        would print a traceback.
+        """
         iterator = iter(loader)
         while True:
             try:
+                self.waiting = True
                 batch = next(iterator, self)
             except RuntimeError:
                 # A worker may have got the same signal first, and been missed before it came here.
                 time.sleep(0.5)
-                raise
+                if self.number is None:
+                    raise
+            finally:
+                self.waiting = False
+                self.alarm.cancel()
+            self.raise_noted()
             if batch is self:
                 return
             yield batch
+
+    def raise_noted(self) -> None:
+        """End the run if a signal was deferred."""
+        if self.number is not None:
+            number, self.number = self.number, None
+            raise Stopped(number)
 
 
 @contextlib.contextmanager

@@ -10,7 +10,15 @@ from torch import nn
 
 from config import Config, command_of
 from data import Loaders, dataset_of
-from findings import accuracy_interval, counted, details, fenced, figure, in_percent, paragraphs
+from reporting.findings import (
+    accuracy_interval,
+    counted,
+    details,
+    fenced,
+    figure,
+    in_percent,
+    paragraphs,
+)
 from training.guards import LR_HINT, fault_of
 from training.lr_finder import LRFinderResult
 from utils import History, Predictions, escape, markdown_table, show_duration

@@ -1,0 +1,1 @@
+"""The parts of figures and of the report: maps, letters, findings, sections."""
