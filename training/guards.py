@@ -40,7 +40,8 @@ def check_finite(epoch_state: EpochState, scaler: torch.amp.GradScaler, lr: floa
     loss, _, finite = epoch_state.totals.tolist()
     if finite < epoch_state.steps + (lr is not None):
         what = "gradient's norm" if math.isfinite(loss) else "loss"
-        fault = f"the {what} is not finite"
+        on_gpu = epoch_state.totals.device.type != "cpu"  # where labels are looked at without waiting
+        fault = f"the {what} is not finite" + ", or a label is negative," * on_gpu
     elif scaler.is_enabled() and scaler.get_scale() < 1:
         finite, fault = epoch_state.steps - (lr is None), "the gradient in fp16 keeps overflowing"
     else:
