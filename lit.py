@@ -1,6 +1,8 @@
 """The package's networks, data and schedule for those who train with Lightning."""
 
+import math
 import warnings
+from dataclasses import asdict
 
 import torch
 from lightning.pytorch import LightningDataModule, LightningModule
@@ -28,14 +30,17 @@ class LitModel(LightningModule):
     an epoch does not.
 
     Args:
+        config: of the run; Lightning's checkpoints keep it as a dict, for `load_from_checkpoint`.
         num_classes: K, the number of logits.
 
     Raises:
         ValueError: `config` wants what only `fit_model` does.
     """
 
-    def __init__(self, config: Config, num_classes: int = 10):
+    def __init__(self, config: Config | dict, num_classes: int = 10):
         super().__init__()
+        config = Config(**config) if isinstance(config, dict) else config  # as a checkpoint has it
+        self.save_hyperparameters({"config": asdict(config), "num_classes": num_classes})
         for name in ("ema_decay", "tta", "compile"):
             if getattr(config, name):
                 raise ValueError(
@@ -73,6 +78,10 @@ class LitModel(LightningModule):
         """Loss and accuracy of a batch."""
         self.score("test", batch)
 
+    def predict_step(self, batch: tuple[Tensor, Tensor], index: int) -> Tensor:
+        """Class probabilities (N, K) of a batch."""
+        return self(batch[0]).softmax(1)
+
     def score(self, part: str, batch: tuple[Tensor, Tensor], label_smoothing: float = 0.0) -> Tensor:
         """The loss of a batch; it and the accuracy count once an image in the epoch's means."""
         images, labels = batch
@@ -99,6 +108,8 @@ class LitModel(LightningModule):
                 label_smoothing=config.label_smoothing,
             )
         epochs = trainer.max_epochs
+        if not epochs or epochs < 1 or not math.isfinite(steps):
+            raise ValueError("a one-cycle schedule needs an end: give the Trainer max_epochs")
         scheduler = schedule(config, optimizer, found, epochs, -(-steps // epochs))
         if scheduler is None:
             return optimizer

@@ -1,6 +1,5 @@
 """Grad-CAM: where a layer of a network sees evidence for a class, and how that is drawn on an image."""
 
-import copy
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -10,6 +9,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from training.inputs import count_classes
+from training.optim import copy_of
 from utils import nearest
 
 SMALLEST_MAP = 5  # pixels: a class activation map under 5 x 5 shows where nothing is
@@ -29,7 +30,7 @@ def large_stages(shapes: dict[str, tuple[int, ...]]) -> dict[str, int]:
 
 def map_shapes(model: nn.Module, image_size: int) -> dict[str, tuple[int, ...]]:
     """Output shape (1, C, H, W) of every named layer that makes a map, for one image."""
-    model = copy.deepcopy(model).eval()
+    model = inner_copy(model).eval()
     shapes = {}
 
     def note(name: str) -> Callable[[nn.Module, Any, Any], None]:
@@ -42,10 +43,22 @@ def map_shapes(model: nn.Module, image_size: int) -> dict[str, tuple[int, ...]]:
     for name, module in model.named_modules():
         if name:
             module.register_forward_hook(note(name))
-    with torch.no_grad():
+    with torch.inference_mode(False), torch.no_grad():
         weight = next(model.parameters())
         model(torch.zeros(1, 3, image_size, image_size, device=weight.device, dtype=weight.dtype))
     return shapes
+
+
+def inner_copy(model: nn.Module) -> nn.Module:
+    """A copy of a model; of a compiled or parallel one, of the model inside, whose layers have names.
+
+    Raises:
+        ValueError: it cannot be copied.
+    """
+    inner = getattr(model, "_orig_mod", model)
+    inner = inner.module if isinstance(inner, nn.DataParallel) else inner
+    with torch.inference_mode(False):
+        return copy_of(inner, inner)
 
 
 def gradcam(
@@ -78,13 +91,14 @@ def gradcam(
         raise ValueError(f"{len(targets)} targets for {len(images)} images")
     if not targets:
         return np.zeros((0, *images.shape[2:]), np.float32)
-    model = copy.deepcopy(model).float().eval().requires_grad_()
+    model = inner_copy(model).float().eval().requires_grad_()
     device = next(model.parameters()).device
-    with torch.no_grad():
-        classes = model(images[:1].to(device)).shape[1]
+    with torch.inference_mode(False), torch.no_grad():
+        images = images.clone()  # of one made in inference mode no gradient can be had
+        classes = count_classes(model, images, device, torch.float32)
     if not all(0 <= target < classes for target in targets):
         raise ValueError(f"targets must be 0 to {classes - 1}, not {min(targets)} to {max(targets)}")
-    with torch.enable_grad(), torch.autocast(device.type, enabled=False):
+    with torch.inference_mode(False), torch.enable_grad(), torch.autocast(device.type, enabled=False):
         # Not as a context manager, which hides an IndexError; the hooks die with the copy.
         module = model.get_submodule(layer)
         cam = GradCAM(model, [module])

@@ -913,7 +913,8 @@ def test_a_run_killed_in_mid_epoch_and_resumed_ends_with_the_same_files(finished
 
 def test_a_range_test_is_run_once_and_again_only_for_another_run(tmp_path, monkeypatch):
     calls = []
-    found = lr_finder.LRFinderResult([1e-4, 1e-3], [2.0, 1.0], {"start": 5e-4, "minimum": 0.02})
+    suggestions = dict.fromkeys(lr_finder.RULES, 0.02) | {"start": 5e-4}
+    found = lr_finder.LRFinderResult([1e-4, 1e-3], [2.0, 1.0], suggestions)
     monkeypatch.setattr("run.find_lr", lambda *args, **options: calls.append(1) or found)
     monkeypatch.setattr("run.fit_model", lambda *args, **options: None)
     monkeypatch.setattr("run.report_run", lambda *args: None)

@@ -158,3 +158,21 @@ def test_what_does_not_fit_is_refused(tmp_path):
     trainer, _ = make_trainer(CONFIG, tmp_path)
     with pytest.raises(ValueError, match="num_classes must be 10, not 3"):
         trainer.fit(LitModel(CONFIG, num_classes=3), datamodule=LitData(CONFIG))
+
+
+def test_a_checkpoint_of_lightnings_is_loaded_by_its_path_alone_and_predicts(tmp_path):
+    trainer, _ = make_trainer(CONFIG, tmp_path, max_epochs=1)
+    module, loaders = LitModel(CONFIG), LitData(CONFIG)
+    trainer.fit(module, datamodule=loaders)
+    trainer.save_checkpoint(tmp_path / "one.ckpt", weights_only=True)
+    again = LitModel.load_from_checkpoint(tmp_path / "one.ckpt", map_location="cpu")
+    assert again.config == CONFIG
+    batches = trainer.predict(again, loaders.loaders.test)
+    answers = torch.cat(batches)
+    torch.testing.assert_close(answers.sum(1), torch.ones(len(answers)))
+
+
+def test_a_schedule_without_an_end_is_refused(tmp_path):
+    trainer, _ = make_trainer(CONFIG, tmp_path, max_epochs=-1, max_time="00:00:01:00")
+    with pytest.raises(ValueError, match="needs an end: give the Trainer max_epochs"):
+        trainer.fit(LitModel(CONFIG), datamodule=LitData(CONFIG))

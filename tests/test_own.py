@@ -29,6 +29,7 @@ from torch.utils.data import (
 
 import main
 from checkpoint import Checkpoints
+from reporting import gradcam
 from training import guards
 
 CPU = torch.device("cpu")
@@ -539,6 +540,30 @@ def test_after_a_loss_that_is_not_finite_the_network_can_still_be_evaluated():
     with pytest.raises(FloatingPointError, match="step 4"):
         main.train(model, CPU, spoiled, optimizer, precision="fp32")
     assert main.test(model, CPU, batches(), precision="fp32").loss < 10
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "convolutions alone, no linear layer",
+        "tied weights",
+        "a norm that is frozen in evaluation mode",
+        "old weight norm, used before",
+        "keeps its features as an attribute, used before",
+        "torch.compile",
+        "DataParallel",
+    ],
+)
+def test_gradcam_shows_an_own_model_and_leaves_it_as_it_was(name):
+    model, _ = make(name)
+    before = copy.deepcopy(state_of(model))
+    layer = next(iter(gradcam.map_shapes(model, SIZE)))
+    images, labels = images_and_labels(4)
+    expected = gradcam.gradcam(model, images, layer, labels)
+    with torch.inference_mode():
+        inside = gradcam.gradcam(model, images * 1, layer, labels)
+    assert expected.shape == (4, SIZE, SIZE) and (expected == inside).all() and expected.any()
+    assert_same(before, state_of(model))
 
 
 def page() -> str:

@@ -19,9 +19,12 @@ from torch import nn
 from tqdm import tqdm
 
 from data import BatchLoader, random_state, set_random_state
+from files import read_bytes
 from training.inputs import check_batch, check_evaluation, check_training, whole_number
 from training.optim import copy_of, scale_rates
 from utils import check_numbers, keep_freed_memory, make_scaler, pick_precision, random_state_kept
+
+RULES = ("steepest", "valley", "minimum_over_ten", "minimum")
 
 
 @dataclass(frozen=True)
@@ -45,13 +48,16 @@ def read_finder(folder: Path) -> LRFinderResult | None:
     """
     path = folder / "lr_finder.json"
     try:
-        found = LRFinderResult(**json.loads(path.read_text(encoding="utf-8")))
+        found = LRFinderResult(**json.loads(read_bytes(path)))
+        missing = {*RULES, "start"} - found.suggestions.keys()
+        if missing:
+            raise ValueError(f"it lacks {', '.join(sorted(missing))}")
         for name, values in asdict(found).items():
             check_numbers(name, list(values.values()) if isinstance(values, dict) else values)
         return found
     except FileNotFoundError:
         return None
-    except (ValueError, TypeError, RecursionError) as error:
+    except (ValueError, TypeError, AttributeError, RecursionError) as error:
         raise ValueError(f"{path} is not what a run writes ({error})") from None
 
 
