@@ -156,3 +156,48 @@ def test_a_killed_worker_or_short_memory_is_one_line(monkeypatch, capsys):
         assert main.main([]) == 1
         printed = capsys.readouterr().err
         assert cure in printed and printed.count("\n") == 1
+
+
+HANGING = """
+import sys, time, torch
+from torch.utils.data import DataLoader, Dataset
+sys.path.insert(0, {root!r})
+import main
+from checkpoint import Checkpoints
+
+class Stuck(Dataset):
+    def __len__(self):
+        return 64
+    def __getitem__(self, index):
+        if index == 40:
+            print("stuck", flush=True)
+            time.sleep(1000)
+        return torch.rand(3, 16, 16), index % 4
+
+if __name__ == "__main__":
+    model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(768, 4))
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    test = [(torch.rand(4, 3, 16, 16), torch.arange(4))]
+    loader = DataLoader(Stuck(), 8, num_workers={workers})
+    checkpoints = Checkpoints({folder!r})
+    main.fit_model(model, "cpu", loader, test, optimizer, epochs=1, checkpoints=checkpoints)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_wait_for_a_batch_that_never_comes_ends_within_ten_seconds_of_a_signal(tmp_path, workers):
+    code = HANGING.format(root=str(ROOT), folder=str(tmp_path / "r"), workers=workers)
+    (tmp_path / "hang.py").write_text(code)
+    process = subprocess.Popen(
+        [sys.executable, str(tmp_path / "hang.py")],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    while "stuck" not in process.stdout.readline():
+        pass
+    process.send_signal(signal.SIGTERM)
+    _, errors = process.communicate(timeout=10)
+    assert "Stopped: stopped by SIGTERM" in errors
+    assert len(list((tmp_path / "r" / "checkpoints").glob("*.ckpt"))) == 2  # the first, and one now
