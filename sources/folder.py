@@ -13,6 +13,7 @@ from PIL import ExifTags, Image, ImageOps
 from tqdm import tqdm
 
 from files import printable
+from sources.image_file import check_image_file
 from sources.split import Split, check_names, stratified_split
 from utils import choose
 
@@ -310,6 +311,7 @@ def open_image(path: str | Path) -> Image.Image:
     try:
         if Path(path).exists() and not Path(path).is_file():  # a pipe would be waited for
             raise ValueError("no file")
+        check_image_file(path)
         with quiet_open(path) as image:
             if image.width * image.height > MOST_PIXELS:
                 raise ValueError(f"{image.width} x {image.height} pixels, over {MOST_PIXELS:,}")

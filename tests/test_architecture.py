@@ -34,6 +34,7 @@ ROOMS = {
     "sources": {
         "split": 0,
         "download": 0,
+        "image_file": 0,
         "cifar10": 1,
         "folder": 1,
         "torchvision_sets": 1,
