@@ -37,6 +37,7 @@ ROOMS = {
         "image_file": 0,
         "cifar10": 1,
         "folder": 1,
+        "apart": 2,
         "torchvision_sets": 1,
         "__init__": 2,
     },
