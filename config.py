@@ -215,7 +215,7 @@ def make_parser(prog: str, description: str, usage: str | None = None) -> argpar
         usage=usage,
         description=description,
         allow_abbrev=False,
-        formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=29),
+        formatter_class=lambda prog: argparse.RawDescriptionHelpFormatter(prog, max_help_position=29),
     )
 
     settings = {f"--{item.name.replace('_', '-')}" for item in fields(Config)}

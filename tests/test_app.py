@@ -117,6 +117,14 @@ def test_a_hostile_file_is_refused_in_one_line_without_its_path(shown, tmp_path,
     assert str(tmp_path) not in message and "\n" not in message and "<" not in message
 
 
+def test_help_keeps_its_line_breaks(capsys):
+    with pytest.raises(SystemExit):
+        app.main(["--help"])
+    lines = capsys.readouterr().out.splitlines()
+    assert "python app.py          the weights and the images in the repository" in lines
+    assert "python app.py RUN      a run, tested on its own test images, with its curves" in lines
+
+
 def test_choosing_by_class_finds_mistakes_of_the_pair_and_right_answers_of_both():
     labels = np.array([0, 0, 0, 1, 1, 2])
     answers = np.array([0, 1, 2, 1, 0, 2])
