@@ -30,6 +30,7 @@ import gradio as gr
 import numpy as np
 import PIL
 import torch
+from gradio import routes
 from gradio.components import Component
 from gradio.data_classes import ImageData
 from gradio.utils import get_upload_folder
@@ -425,6 +426,7 @@ def main(argv: list[str] | None = None) -> int:
                 os.environ.pop(name.upper(), None)
         with tempfile.TemporaryDirectory(prefix="page-") as private:
             os.environ["GRADIO_TEMP_DIR"] = private  # else all users of a machine share /tmp/gradio
+            routes.DEFAULT_TEMP_DIR = private  # where gradio makes a folder that it never removes
             serve(make_page(open_shown(given)), given.host, given.port, given.share)
     except (ValueError, OSError) as error:
         print(f"app.py: {' '.join(str(error).split())}", file=sys.stderr)

@@ -121,3 +121,4 @@ def served(tmp_path_factory):
         assert page.wait(30) == 0
         page.stdout.close()
     assert not list(folder.glob("page-*")), "uploads were left behind"
+    assert not (folder / "gradio").exists(), "gradio's folder was left behind"
