@@ -29,7 +29,7 @@ app: .venv/app
 
 # In a real browser: CHROMIUM=/path names one; else the system's, else one that Playwright fetches.
 test-app: .venv/dev .venv/app
-	$(PIP) install --progress-bar on -c constraints.txt playwright
+	$(PIP) install --progress-bar on -c constraints.txt playwright axe-playwright-python
 	$(BIN)/python -m pytest tests/test_app.py tests/test_served.py tests/browser
 
 battery: .venv/dev

@@ -5,7 +5,6 @@ python app.py RUN      a run, tested on its own test images, with its curves
 """
 
 import argparse
-import base64
 import functools
 import html
 import io
@@ -34,7 +33,6 @@ from gradio import routes
 from gradio.components import Component
 from gradio.data_classes import ImageData
 from gradio.utils import get_upload_folder
-from PIL import Image
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.middleware import Middleware
 from starlette.middleware.trustedhost import TrustedHostMiddleware
@@ -44,9 +42,11 @@ from torch import nn
 
 from checkpoint import read_files
 from config import make_parser
+from reporting.markup import figure, legend, matrix, note, picture_tag, tag, wide
 from run import predict_images, run_config, test_images
+from sources.apart import read_apart, start_reader
 from sources.cifar10 import CLASSES
-from sources.folder import read_image
+from sources.folder import FITS
 from sources.split import Split
 from training.loops import predict
 from training.lr_finder import read_finder
@@ -63,11 +63,15 @@ from visualize import (
 )
 from weights_file import DEFAULT_WEIGHTS, load_weights
 
-MOST_BYTES = 8_000_000  # of one request, so of an uploaded file
-FEW, MOST_IMAGES = 6, 200  # mistakes on one page, and as many images beside them
+MOST_BYTES = 8 * 1024**2  # of an uploaded file
+MOST_HEAD = 100_000  # of a request, beside the file in it
+COUNTS = (6, 12, 25, 50, 100, 200)  # mistakes on one page, and as many images beside them
+MOST_EXAMPLES = 20  # pictures to click
+MOST_ROWS = 200  # of a confusion matrix that is a table, and not a drawing
 CHUNK = 32  # images whose feature maps Grad-CAM holds at once
 SIDE = 384  # of a picture under its map, pixels
 ANY = -1  # no class chosen
+PAIR = "(one scale for the two maps of an image)"
 # What a visitor of the page posts to; gradio's other ways go past the queue, or keep files elsewhere.
 POSTS = {f"/gradio_api/{name}" for name in ("queue/join", "upload", "cancel", "reset", "reset/")}
 # What a browser may fetch for the page: nothing from elsewhere. And nobody may frame it.
@@ -86,6 +90,7 @@ class Shown(NamedTuple):
     split: Split
     predictions: Predictions
     folder: Path | None  # of the run, if there is one
+    dataset: str  # that the test images are from
 
 
 def open_shown(given: argparse.Namespace) -> Shown:
@@ -106,7 +111,7 @@ def open_shown(given: argparse.Namespace) -> Shown:
     split, loader = test_images(config, card, device, own)
     print(f"judging {len(split):,} test images of {config.dataset}")
     predictions = predict(model, device, loader, precision=config.precision, tta=config.tta)
-    return Shown(model, card, device, split, predictions, folder)
+    return Shown(model, card, device, split, predictions, folder, config.dataset)
 
 
 def explain(
@@ -119,26 +124,46 @@ def explain(
         target: a class, or `ANY`: the most probable one.
 
     Returns:
-        Class names with probabilities, and HTML.
-
-    Raises:
-        gr.Error: the file cannot be used; the one kind of error whose message reaches a visitor.
+        Class names with probabilities, and HTML; no names where the file cannot be used.
     """
     if path is None:
         return None, note("Choose a picture, or click an example.")
     card, classes = shown.card, shown.split.classes
-    try:
-        small, large = (np.stack([read_image(path, side)]) for side in (card["image_size"], SIDE))
-    except ValueError as error:
-        reason = html.escape(str(error).replace(path, "this file"), quote=False)
-        raise gr.Error(reason, print_exception=False) from None
-    probabilities = predict_images(shown.model, shown.device, small, card)[0]
+    picture = read_upload(path, card["image_size"], card["config"].get("fit", "crop"))
+    if isinstance(picture, str):
+        return None, note(picture, role="alert")
+    probabilities = predict_images(shown.model, shown.device, picture.small[None], card)[0]
     best = np.argsort(-probabilities)
     answer = best[0] if target == ANY else target
-    heat = evidence(shown, small, [answer], layer)[0]
+    heat = evidence(shown, picture.small[None], [answer], layer)[0]
     caption = f"Evidence for {classes[answer]} at {layer}" + ("" if heat.any() else ": none")
-    picture = f'<div class="large">{figure(overlay(large[0], heat, opacity), caption)}</div>'
-    return {classes[k]: float(probabilities[k]) for k in best[: int(top)]}, picture
+    drawn = figure(overlay(picture.large, heat, opacity), f"{caption}\n{picture.judged}".strip())
+    names = {classes[k]: float(probabilities[k]) for k in best[: int(top)]}
+    return names, f'<div class="large">{drawn}{legend(opacity)}</div>'
+
+
+class Picture(NamedTuple):
+    """An uploaded picture: for the network, for the page, and what of it the network judges."""
+
+    small: np.ndarray  # uint8 (image_size, image_size, 3)
+    large: np.ndarray  # uint8 (SIDE, SIDE, 3)
+    judged: str
+
+
+@functools.lru_cache(maxsize=16)  # one decoding for all settings that are tried on a picture
+def read_upload(path: str, size: int, fit: str) -> Picture | str:
+    """A picture, or why the file is none, as HTML that does not name the path."""
+    try:
+        (small, large), facts = read_apart(path, (size, SIDE), fit)
+    except ValueError as error:
+        reason = str(error).partition(" is no readable image ")[2].replace(f" {path!r}", "")
+        return f"This file is no readable image {html.escape(reason, quote=False)}. Choose another one."
+    judged = []
+    if facts["width"] != facts["height"]:
+        judged.append(f"Pictures that are not square are {FITS[fit]}.")
+    if facts["transparency"]:
+        judged.append("What is transparent is white.")
+    return Picture(small, large, " ".join(judged))
 
 
 def evidence(
@@ -153,7 +178,7 @@ def evidence(
     return np.concatenate(maps)
 
 
-def browse(shown: Shown, true: int, predicted: int, layer: str, count: int | None) -> str:
+def browse(shown: Shown, true: int, predicted: int, layer: str, count: int) -> str:
     """Mistakes of `true` taken for `predicted`, and right answers for these classes beside them.
 
     Mistakes are shown under the maps of both classes; right answers have the runner-up for the second.
@@ -166,10 +191,9 @@ def browse(shown: Shown, true: int, predicted: int, layer: str, count: int | Non
         ("Right, the least sure first", right, "runner-up", second),
     )
     columns = [
-        column(shown, title, found, kind, others, layer, count or FEW)
-        for title, found, kind, others in pages
+        column(shown, title, found, kind, others, layer, count) for title, found, kind, others in pages
     ]
-    return f'<div class="columns">{"".join(columns)}</div>'
+    return f'{legend(about=PAIR)}<div class="columns">{"".join(columns)}</div>'
 
 
 def choose(predictions: Predictions, true: int, predicted: int) -> tuple[np.ndarray, np.ndarray]:
@@ -204,26 +228,8 @@ def column(
             top = max(heat[k].max() for heat in maps)  # one scale, so that the two can be compared
             cells.append(figure(overlay(images[k], heats[k], top=top), caption))
         cards.append(f'<div class="card">{"".join(cells)}</div>')
-    head = f"<h3>{title}</h3><p>{len(chosen):,} of {len(found):,}</p>"
+    head = f"<h2>{title}</h2><p>{len(chosen):,} of {len(found):,}</p>"
     return f"<section>{head}{''.join(cards) or note('There is none.')}</section>"
-
-
-def figure(image: np.ndarray, caption: str) -> str:
-    """An image uint8 (H, W, 3) over its caption; small ones without loss."""
-    buffer = io.BytesIO()
-    Image.fromarray(image).save(buffer, "WEBP", lossless=len(image) <= 64, quality=90)
-    return f"<figure>{tag(buffer, caption)}<figcaption>{html.escape(caption)}</figcaption></figure>"
-
-
-def tag(buffer: io.BytesIO, alternative: str) -> str:
-    """An encoded picture as HTML that needs no other file."""
-    content = base64.b64encode(buffer.getvalue()).decode()
-    return f'<img src="data:image/webp;base64,{content}" alt="{html.escape(alternative)}">'
-
-
-def note(text: str) -> str:
-    """A line in the place of what is not there."""
-    return f'<p class="note">{text}</p>'
 
 
 def plots(shown: Shown) -> str:
@@ -236,21 +242,24 @@ def plots(shown: Shown) -> str:
         if test and shown.card["config"]["lr"] is None:
             found["Range test"] = plot_lr_finder(test, shown.card["config"]["lr_rule"])
     parts = [] if found else [note("These weights came without their run: there are no curves.")]
-    found["Confusion matrix"] = plot_confusion_matrix(shown.predictions, shown.split.classes)
+    few = len(shown.split.classes) <= MOST_ROWS
+    if not few:
+        found["Confusion matrix"] = plot_confusion_matrix(shown.predictions, shown.split.classes)
     for name, plot in found.items():
         buffer = io.BytesIO()
         plot.savefig(buffer, format="webp", dpi=150, transparent=True)
         most = 88 * plot.get_figwidth()  # px, so that letters are of one size
         least = most if most > 880 else 0  # a wide one is scrolled, not shrunk
-        style = f"--most: {most:.0f}px; --least: {least:.0f}px"
-        parts.append(f'<div class="plot" style="{style}">{tag(buffer, name)}</div>')
-    return "".join(parts)
+        parts.append(wide(name, tag(buffer, name), f"--most: {most:.0f}px; --least: {least:.0f}px"))
+    return "".join(parts) + (matrix(shown.predictions, shown.split.classes) if few else "")
 
 
 def headline(shown: Shown) -> str:
     """What the page is about, in two lines."""
     size = sum(p.numel() for p in shown.model.parameters())
     right = f"right on {shown.predictions.accuracy:.2%} of {len(shown.split):,} test images"
+    if shown.dataset == "cifar10-sample":
+        right += " (a sample: on all 10,000 it may differ)"
     return f"<h1>What {html.escape(shown.card['model'])} sees</h1><p>{size:,} parameters, {right}</p>"
 
 
@@ -273,34 +282,51 @@ def make_page(shown: Shown) -> gr.Blocks:
 
 
 def add_picture(shown: Shown, page: gr.Blocks) -> None:
-    """A picture, its most probable classes, and Grad-CAM over it."""
-    firsts = [np.flatnonzero(shown.split.labels == k)[:1] for k in range(len(shown.split.classes))]
-    examples = shown.split.images[np.concatenate(firsts)[:20]]
-    plain = {"format": "png", "buttons": []}
-    with gr.Row():
-        with gr.Column(min_width=280):
-            sources = ["upload", "clipboard"]
-            picture = gr.Image(
-                examples[0], label="Picture", sources=sources, height=320, elem_id="picture", **plain
-            )
-            thumbs = gr.Gallery(
-                list(examples), show_label=False, allow_preview=False, elem_id="examples", **plain
-            )
-        with gr.Column(min_width=280):
+    """A picture, Grad-CAM over it, and its most probable classes; the style sheet places them."""
+    most = len(shown.split.classes)
+    images, names = examples(shown.split)
+    form = {"format": "png", "sources": ["upload", "clipboard"], "buttons": []}
+    with gr.Row(elem_id="desk"):
+        picture = gr.Image(images[0], label="Picture", elem_id="picture", **form)
+        add_examples(images, names, picture)
+        seen = gr.HTML(elem_id="map")
+        with gr.Column(elem_id="answer"):
             label = gr.Label(label="Prediction")
-            top = gr.Slider(1, len(firsts), min(5, len(firsts)), step=1, label="Classes to name")
-        with gr.Column(min_width=280):
-            seen = gr.HTML()
             layer, target = layer_choice(shown), class_choice(shown, "Evidence for", "most probable")
-            opacity = gr.Slider(0, 1, 0.7, step=0.05, label="Opacity")
+            opacity = gr.Slider(0, 1, 0.7, step=0.05, label="Opacity", buttons=[])
+            tops = sorted({min(top, most) for top in (1, 2, 3, 5, 10, 20)})
+            top = gr.Dropdown(tops, value=min(5, most), label="Classes to name", filterable=False)
     picture.preprocess = uploaded
-
-    def pick(event: gr.SelectData) -> np.ndarray:
-        return examples[event.index]
-
-    thumbs.select(pick, None, picture, api_visibility="private")
+    opacity.preprocess = lambda value: float(np.clip(value or 0, 0, 1))  # what is typed is not refused
     inputs = [picture, top, layer, target, opacity]
     answer_to(page, functools.partial(explain, shown), inputs, [label, seen])
+
+
+def examples(split: Split) -> tuple[np.ndarray, list[str]]:
+    """The first image of every class, or of classes spread over all of them, and their names."""
+    classes, firsts = np.unique(split.labels, return_index=True)
+    spread = np.linspace(0, len(classes) - 1, min(len(classes), MOST_EXAMPLES)).round().astype(int)
+    return split.images[firsts[spread]], [split.classes[k] for k in classes[spread]]
+
+
+def add_examples(images: np.ndarray, names: Sequence[str], picture: gr.Image) -> None:
+    """Buttons with names that put an image in the place of the picture."""
+    buttons = "".join(
+        f'<button type="button" value="{k}">{picture_tag(image, "")}'
+        f"<span>{html.escape(name)}</span></button>"
+        for k, (image, name) in enumerate(zip(images, names, strict=True))
+    )
+    listen = """element.addEventListener("click", event => {
+        const button = event.target.closest("button");
+        if (button) trigger("select", {index: Number(button.value)});
+    })"""
+    group = f"<h2>Examples</h2><div>{buttons}</div>"
+    chosen = gr.HTML(group, js_on_load=listen, elem_id="examples")
+
+    def pick(event: gr.EventData) -> np.ndarray:
+        return images[int(event.index) % len(images)]
+
+    chosen.select(pick, None, picture, api_visibility="private")
 
 
 def add_mistakes(shown: Shown, page: gr.Blocks) -> None:
@@ -309,7 +335,7 @@ def add_mistakes(shown: Shown, page: gr.Blocks) -> None:
         true = class_choice(shown, "True class", "any")
         predicted = class_choice(shown, "Predicted class", "any")
         layer = layer_choice(shown)
-        count = gr.Number(FEW, label="How many", precision=0, minimum=1, maximum=MOST_IMAGES)
+        count = gr.Dropdown(list(COUNTS), value=COUNTS[0], label="How many", filterable=False)
     answer_to(page, functools.partial(browse, shown), [true, predicted, layer, count], gr.HTML())
 
 
@@ -361,8 +387,8 @@ def guard(app: ASGIApp) -> ASGIApp:
             await send(message)
 
         headers = Headers(scope=scope) if scope["type"] == "http" else {}
-        length = headers.get("content-length", "0")
-        if "transfer-encoding" in headers or not length.isdigit() or int(length) > MOST_BYTES:
+        length, most = headers.get("content-length", "0"), MOST_BYTES + MOST_HEAD
+        if "transfer-encoding" in headers or not length.isdigit() or int(length) > most:
             await PlainTextResponse("The request is too long.", 413)(scope, receive, send)
         elif scope.get("method") == "POST" and headers.get("sec-fetch-site", "").endswith("-site"):
             await PlainTextResponse("The request is another site's.", 403)(scope, receive, send)
@@ -379,6 +405,7 @@ def serve(page: gr.Blocks, host: str, port: int | None, share: bool) -> None:
     local = ["127.0.0.1", "localhost"]
     known = local if host in local and not share else ["*"]  # else a site could point its name at us
     middleware = [Middleware(guard), Middleware(TrustedHostMiddleware, allowed_hosts=known)]
+    start_reader()  # else the first visitor would wait for it
     page.queue(max_size=16, default_concurrency_limit=1)
     _, address, public = page.launch(
         server_name=host,

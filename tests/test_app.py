@@ -14,12 +14,13 @@ from PIL import Image
 import main
 import weights_file
 from config import Config
+from reporting import markup as markup_of
 from sources import cifar10
+from sources.folder import FITS, read_image
 from sources.split import Split
 from utils import Predictions
 
 pytest.importorskip("gradio", reason="the page is an extra: requirements-app.txt")
-import gradio as gr
 
 import app
 
@@ -107,14 +108,105 @@ HOSTILE = {
 
 
 @pytest.mark.parametrize("name", HOSTILE)
-def test_a_hostile_file_is_refused_in_one_line_without_its_path(shown, tmp_path, name):
+def test_a_hostile_file_is_refused_in_one_line_without_its_path_or_a_map(shown, tmp_path, name):
     path = tmp_path / "photo.png"
     path.write_bytes(HOSTILE[name])
-    with pytest.raises(gr.Error) as refusal:
-        app.explain(shown, str(path), 3, "layer1", app.ANY, 0.5)
-    message = refusal.value.message
-    assert message.startswith("this file is no readable image (")
-    assert str(tmp_path) not in message and "\n" not in message and "<" not in message
+    label, markup = app.explain(shown, str(path), 3, "layer1", app.ANY, 0.5)
+    assert label is None and "<img" not in markup
+    text = re.fullmatch('<p class="note" role="alert">(.*)</p>', markup)[1]
+    assert text.startswith("This file is no readable image (") and text.count("his file") == 1
+    assert str(tmp_path) not in text and "\n" not in text and "<" not in text
+
+
+@pytest.mark.parametrize("fit", FITS)
+@pytest.mark.parametrize("mode", ["RGB", "L", "RGBA", "LA"])
+@pytest.mark.parametrize("size", [(60, 60), (600, 200), (200, 600)])
+def test_what_of_a_picture_is_judged_is_said_under_its_map(shown, tmp_path, mode, size, fit):
+    card = shown.card | {"config": shown.card["config"] | {"fit": fit}}
+    Image.new(mode, size).save(tmp_path / "photo.png")
+    _, markup = app.explain(shown._replace(card=card), str(tmp_path / "photo.png"), 3, "layer1", 0, 0.5)
+    said = "\n".join(texts(markup)[0].split("\n")[1:])
+    assert ("What is transparent is white." in said) == (mode in ("RGBA", "LA"))
+    assert (f"Pictures that are not square are {FITS[fit]}." in said) == (size != (60, 60))
+
+
+@pytest.mark.parametrize("fit", FITS)
+def test_a_picture_is_judged_over_white_and_in_the_square_that_the_network_learned(tmp_path, fit):
+    for name, color in (("clear", (0, 0, 0, 0)), ("white", (255, 255, 255, 255))):
+        image = Image.new("RGBA", (300, 100), color)
+        image.paste((200, 60, 40, 255), (120, 20, 220, 80))
+        image.save(tmp_path / f"{name}.png")
+    clear, white = (
+        app.read_upload(str(tmp_path / f"{name}.png"), 32, fit) for name in ("clear", "white")
+    )
+    for one, other, side in zip(clear[:2], white[:2], (32, app.SIDE), strict=True):
+        np.testing.assert_array_equal(one, other)
+        np.testing.assert_array_equal(one, read_image(tmp_path / "clear.png", side, fit))
+
+
+@pytest.mark.parametrize("fit", [None, *FITS])
+def test_a_wide_picture_gets_the_classes_that_the_command_line_gives_it(
+    shown, tmp_path, sample, capsys, fit
+):
+    config = {name: value for name, value in shown.card["config"].items() if name != "fit"}
+    card = shown.card | {"config": config | ({"fit": fit} if fit else {})}
+    weights_file.save_weights(tmp_path / "w.safetensors", shown.model, card)
+    Image.fromarray(np.concatenate(sample.images[[0, 70, 140]], axis=1)).save(tmp_path / "wide.png")
+    label, _ = app.explain(shown._replace(card=card), str(tmp_path / "wide.png"), 3, "layer1", 0, 0.5)
+    assert main.main(["predict", *(str(tmp_path / name) for name in ("w.safetensors", "wide.png"))]) == 0
+    said = ", ".join(f"{name} {probability:.1%}" for name, probability in label.items())
+    assert capsys.readouterr().out.endswith(f"wide.png: {said}\n")
+
+
+def test_an_upload_is_decoded_once_whatever_is_then_chosen(shown, picture, monkeypatch):
+    read, paths = app.read_apart, []
+    monkeypatch.setattr(app, "read_apart", lambda *given: paths.append(given[0]) or read(*given))
+    for choice in (("layer1", 3, 0.5), ("layer2", 3, 0.5), ("layer1", 5, 0.1)):
+        app.explain(shown, picture, 1, *choice)
+    assert paths == [picture]
+
+
+@pytest.mark.parametrize("count", [2, 10, 100, 1000])
+def test_examples_are_of_as_many_classes_as_there_is_room_for_spread_over_all(sample, count):
+    rng = np.random.default_rng(0)
+    labels = rng.permutation(np.repeat(np.arange(count), 3))
+    images = np.broadcast_to(labels[:, None, None, None] // 4, (3 * count, 8, 8, 3)).astype(np.uint8)
+    examples, names = app.examples(Split(images, labels, tuple(f"class {k}" for k in range(count))))
+    chosen = [int(name.removeprefix("class ")) for name in names]
+    assert len(set(chosen)) == len(examples) == min(count, app.MOST_EXAMPLES)
+    assert chosen[0] == 0 and chosen[-1] == count - 1 and chosen == sorted(chosen)
+    np.testing.assert_array_equal(examples[:, 0, 0, 0], [k // 4 for k in chosen])
+
+
+def test_a_class_without_a_test_image_has_no_example():
+    split = Split(np.zeros((2, 8, 8, 3), np.uint8), np.array([2, 0]), ("ant", "bee", "cow"))
+    assert app.examples(split)[1] == ["ant", "cow"]
+
+
+def test_the_head_says_where_the_accuracy_is_that_of_a_sample(shown):
+    assert "of 1,000 test images (a sample: on all 10,000 it may differ)" in app.headline(shown)
+    assert "sample" not in app.headline(shown._replace(dataset="cifar10"))
+
+
+@pytest.mark.parametrize("count", [2, 10, 100])
+def test_the_confusion_matrix_is_a_table_with_named_rows_and_columns(count):
+    rng = np.random.default_rng(0)
+    labels, answers = rng.integers(0, count, (2, 4 * count))
+    predictions = Predictions(np.eye(count)[answers], labels)
+    markup = markup_of.matrix(predictions, [f"<{k}>" for k in range(count)])
+    assert "<0>" not in markup and markup.count("&lt;0&gt;") == 2
+    rows = re.findall('<th scope="row">(.*?)</th>(.*?)</tr>', markup)
+    columns = re.findall('<th scope="col"><span>(.*?)</span>', markup)
+    assert [name for name, _ in rows] == columns == [f"&lt;{k}&gt;" for k in range(count)]
+    counts = np.array([re.findall(r"<td[^>]*>([\d,]+)</td>", cells) for _, cells in rows], int)
+    expected = np.zeros((count, count), int)
+    np.add.at(expected, (labels, answers), 1)
+    np.testing.assert_array_equal(counts, expected)
+
+
+def test_the_legend_shows_the_colours_of_the_maps_at_their_opacity():
+    bars = [markup_of.legend(opacity) for opacity in (0.2, 0.75)]
+    assert bars[0] != bars[1] and all("no evidence <img" in bar for bar in bars)
 
 
 def test_help_keeps_its_line_breaks(capsys):
@@ -175,12 +267,13 @@ def test_names_from_a_file_are_text_on_the_page_and_not_markup(shown):
 
 
 def test_the_page_of_a_run_has_its_curves_and_that_of_weights_alone_says_why_not(shown, tmp_path):
-    assert app.plots(shown).count("<img") == 3  # its rate was given: no range test
+    assert app.plots(shown).count("<img") == 2  # its rate was given: no range test
+    assert app.plots(shown).count("<table") == 1
     card = shown.card | {"config": shown.card["config"] | {"dataset": "cifar10", "data": "nowhere"}}
     weights_file.save_weights(tmp_path / "alone.safetensors", shown.model, card)
     alone = app.open_shown(given(tmp_path / "alone.safetensors"))
     assert alone.folder is None and len(alone.split) == 1000
-    assert app.plots(alone).count("<img") == 1 and "no curves" in app.plots(alone)
+    assert app.plots(alone).count("<img") == 0 and "no curves" in app.plots(alone)
 
 
 def test_the_page_opens_on_the_weights_and_the_sample_of_the_repository():
@@ -203,7 +296,7 @@ def test_a_run_on_one_s_own_images_is_shown_like_any_other(tmp_path, sample):
     label, markup = app.explain(shown, str(tmp_path / "images/kind <1>/1.png"), 9, "layer2", 1, 0.5)
     assert set(label) == {"kind <0>", "kind <1>"} and "kind &lt;1&gt; at layer2" in markup
     cards = len(texts(app.browse(shown, app.ANY, app.ANY, "layer2", 8))) // 3
-    assert cards == 8 and app.plots(shown).count("<img") == 3
+    assert cards == 8 and app.plots(shown).count("<img") == 2
 
 
 def test_what_cannot_be_shown_ends_in_one_line_and_exit_code_2(tmp_path, monkeypatch, capsys, tiny):

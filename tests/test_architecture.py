@@ -30,7 +30,14 @@ FLOORS = {
     "lit": 11,
 }
 ROOMS = {
-    "reporting": {"gradcam": 0, "lettering": 0, "findings": 0, "sections": 1, "__init__": 2},
+    "reporting": {
+        "gradcam": 0,
+        "lettering": 0,
+        "findings": 0,
+        "markup": 1,
+        "sections": 1,
+        "__init__": 2,
+    },
     "sources": {
         "split": 0,
         "download": 0,
