@@ -1,1 +1,1 @@
-"""The parts of figures and of the report: maps, letters, findings, sections."""
+"""The parts of figures, of the report and of the web page: maps, letters, findings, sections, markup."""
