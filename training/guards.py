@@ -160,7 +160,7 @@ class Signals:
             try:
                 self.waiting = True
                 batch = next(iterator, self)
-            except RuntimeError:
+            except (RuntimeError, OSError, EOFError):
                 # A worker may have got the same signal first, and been missed before it came here.
                 time.sleep(0.5)
                 if self.number is None:
