@@ -559,7 +559,7 @@ def plain_loop_with_nan() -> int:
 def races(rounds: int, processes: int = 8) -> Row:
     """Processes that start at once on an empty data folder."""
     outcomes = [race(processes) for _ in range(rounds)]
-    with swapped(vars(cifar10), "FileLock", lambda path: contextlib.nullcontext()):
+    with swapped(vars(cifar10), "FileLock", lambda path: NoLock()):
         unguarded = [race(processes) for _ in range(3)]
     most = max(len(waiting) for _, waiting in unguarded)
     return Row(
@@ -571,6 +571,16 @@ def races(rounds: int, processes: int = 8) -> Row:
         most > 1,
         "one download each, which all the others waited for",
     )
+
+
+class NoLock(contextlib.nullcontext):
+    """In the place of a lock, and always to be had."""
+
+    def acquire(self) -> "NoLock":
+        return self
+
+    def release(self) -> None:
+        pass
 
 
 def race(processes: int) -> tuple[int, list[int]]:
