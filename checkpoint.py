@@ -374,10 +374,12 @@ def check_shapes(stored: dict, parts: dict) -> None:
     """Refuse tensors that do not fit the model before any of them is copied."""
     expected = {name: tensor.shape for name, tensor in parts["model"].state_dict().items()}
     for part in {"model", "ema_model"} & set(stored):
-        found = {name: tensor.shape for name, tensor in stored[part].items()}
-        if expected != found:
-            wrong = sorted(n for n in {*expected, *found} if expected.get(n) != found.get(n))
-            raise ValueError(f"the checkpoint does not fit the model at {', '.join(wrong[:3])}")
+        stored_shapes = {name: tensor.shape for name, tensor in stored[part].items()}
+        if expected != stored_shapes:
+            misfits = sorted(
+                n for n in {*expected, *stored_shapes} if expected.get(n) != stored_shapes.get(n)
+            )
+            raise ValueError(f"the checkpoint does not fit the model at {', '.join(misfits[:3])}")
     for group in stored["optimizer"]["param_groups"]:
         moments = [stored["optimizer"]["state"].get(index, {}) for index in group["params"]]
         if len({frozenset(names) for names in moments if names}) > 1:
@@ -400,15 +402,15 @@ def read_files(folder: Path, *names: str) -> list:
         "environment.json": lambda path: "{machine}; {versions}".format(**json.loads(read_bytes(path))),
         "history.json": lambda path: finished(History.load(path.parent)),
     }
-    found = []
+    contents = []
     for name in names:
         try:
-            found.append(readers[name](folder / name))
+            contents.append(readers[name](folder / name))
         except (FileNotFoundError, NotADirectoryError):
             raise ValueError(f"{folder} is no run folder: it has no {name}") from None
         except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
             raise ValueError(f"{folder / name} is not what a run writes ({error})") from None
-    return found
+    return contents
 
 
 def finished(history: History) -> History:

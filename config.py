@@ -251,20 +251,20 @@ def parse_config(argv: list[str], prog: str = "main.py", usage: str | None = Non
         if item.metadata["group"]:
             group = parser.add_argument_group(item.metadata["group"])
         add_flag(group, item, types[item.name])
-    given = vars(parser.parse_args(argv))
+    settings = vars(parser.parse_args(argv))
     try:
-        recipe = given.pop("recipe")
+        recipe = settings.pop("recipe")
         choose("recipe", recipe, RECIPES)
-        given = RECIPES[recipe] | given
-        path = Path(given.get("output") or "", "config.json")
-        if given.get("resume") and given.get("output") and path.exists():
-            return resumed(given, path)
-        return Config(**given)
+        settings = RECIPES[recipe] | settings
+        path = Path(settings.get("output") or "", "config.json")
+        if settings.get("resume") and settings.get("output") and path.exists():
+            return resumed(settings, path)
+        return Config(**settings)
     except ValueError as error:
         parser.error(str(error))
 
 
-def resumed(given: dict[str, Any], path: Path) -> Config:
+def resumed(settings: dict[str, Any], path: Path) -> Config:
     """The run whose configuration lies in a file, with what is given of where and how it is kept.
 
     Raises:
@@ -274,11 +274,11 @@ def resumed(given: dict[str, Any], path: Path) -> Config:
         stored = json.loads(read_bytes(path))
         check_version(stored)
         before = Config(**stored)
-        now = Config(**{**stored, **given})
+        now = Config(**{**stored, **settings})
     except (OSError, TypeError, AttributeError, RecursionError, json.JSONDecodeError) as error:
         raise ValueError(f"{path} is not what a run writes ({error})") from None
     if any(path.parent.glob("checkpoints/step-*.ckpt")):  # else nothing is trained yet
-        named = {name: value for name, value in now.identity.items() if name in given}
+        named = {name: value for name, value in now.identity.items() if name in settings}
         check_same_settings(before.identity, named)
     return now
 
@@ -310,10 +310,10 @@ def check_same_settings(before: dict, now: dict) -> None:
         if name not in free and before.get(name) != value
     }
     if other:
-        found = ", ".join(f"{name} {old}, not {new}" for name, (old, new) in other.items())
+        differences = ", ".join(f"{name} {old}, not {new}" for name, (old, new) in other.items())
         cures = " ".join(flag_of(name, old) for name, (old, _) in other.items())
         raise ValueError(
-            f"the run has {found}: continue it {cures}, "
+            f"the run has {differences}: continue it {cures}, "
             "or start another with another --output (and --mirror)"
         )
 

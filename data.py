@@ -57,8 +57,8 @@ def generators_of(loader: Any) -> list[torch.Generator]:
     """The generators that a DataLoader and its samplers were given."""
     sampler, batch_sampler = getattr(loader, "sampler", None), getattr(loader, "batch_sampler", None)
     places = (loader, sampler, batch_sampler, getattr(batch_sampler, "sampler", None))
-    found = [getattr(place, "generator", None) for place in places]
-    return list(dict.fromkeys(x for x in found if isinstance(x, torch.Generator)))
+    candidates = [getattr(place, "generator", None) for place in places]
+    return list(dict.fromkeys(x for x in candidates if isinstance(x, torch.Generator)))
 
 
 def random_state(loader: Any) -> dict:
@@ -301,8 +301,8 @@ def make_loaders(config: Config, device: torch.device | str = "cpu", transform: 
     )
     validation = None
     if config.val_split:
-        kept, held = stratified_split(train.labels, config.val_split, config.seed)
-        train, validation = train.take(kept), train.take(held)
+        train_index, held_out = stratified_split(train.labels, config.val_split, config.seed)
+        train, validation = train.take(train_index), train.take(held_out)
     config = with_batch_size(config, len(train))
     if transform is None:
         known = config.dataset in ("cifar10", "cifar10-sample")

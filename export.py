@@ -92,8 +92,8 @@ def export_model(
         if mirrored:
             expected = (expected + model(inputs.flip(-1)).numpy()) / 2
     batches = np.split(images, np.cumsum(BATCHES))
-    found = np.concatenate([answer(batch) for batch in batches])
-    difference = float(np.abs(found - expected).max())
+    logits = np.concatenate([answer(batch) for batch in batches])
+    difference = float(np.abs(logits - expected).max())
     if not difference <= TOLERANCE * np.abs(expected).max():
         raise FloatingPointError(
             f"the exported network's logits differ by up to {difference:.2g}; nothing was written"

@@ -189,11 +189,11 @@ def printable(name: object) -> str:
     Escaped are line breaks and other control characters, bytes that are no UTF-8, and what turns the
     direction of writing.
     """
-    odd = ("Cc", "Cs", "Zl", "Zp")  # Unicode's categories of such characters
+    categories = ("Cc", "Cs", "Zl", "Zp")  # Unicode's categories of such characters
     turns = "LRE RLE LRO RLO PDF LRI RLI FSI PDI".split()
     return "".join(
         c.encode("unicode_escape").decode()
-        if unicodedata.category(c) in odd or unicodedata.bidirectional(c) in turns
+        if unicodedata.category(c) in categories or unicodedata.bidirectional(c) in turns
         else c
         for c in str(name)
     )

@@ -97,9 +97,9 @@ class LitModel(LightningModule):
         config, trainer = self.config, self.trainer
         optimizer = make_optimizer(config.optimizer, self, config.lr or 1e-3, **config.optimizer_options)
         steps = trainer.estimated_stepping_batches  # which loads the training data
-        found = None
+        finder = None
         if config.lr is None:
-            found = find_lr(
+            finder = find_lr(
                 self.model,
                 self.device,
                 trainer.train_dataloader,
@@ -110,7 +110,7 @@ class LitModel(LightningModule):
         epochs = trainer.max_epochs
         if not epochs or epochs < 1 or not math.isfinite(steps):
             raise ValueError("a one-cycle schedule needs an end: give the Trainer max_epochs")
-        scheduler = schedule(config, optimizer, found, epochs, -(-steps // epochs))
+        scheduler = schedule(config, optimizer, finder, epochs, -(-steps // epochs))
         if scheduler is None:
             return optimizer
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}

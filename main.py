@@ -97,8 +97,8 @@ def find_lr_command(argv: list[str]) -> None:
     with bad_input_refused():
         device, loaders, model, optimizer, folder = prepare(config)
     with signals_noted():
-        found = range_test(config, device, loaders, model, optimizer, folder)
-    save_figure(plot_lr_finder(found, config.lr_rule), folder / "lr_finder.png")
+        finder = range_test(config, device, loaders, model, optimizer, folder)
+    save_figure(plot_lr_finder(finder, config.lr_rule), folder / "lr_finder.png")
     print(f"figure {folder / 'lr_finder.png'}")
 
 
@@ -107,17 +107,17 @@ def test_command(argv: list[str]) -> None:
     parser = model_parser("test", "Evaluate a run folder or a weights file.")
     parser.add_argument("run", nargs="?", help="the same as --weights")
     add_data_flag(parser)
-    given = parser.parse_args(argv)
+    args = parser.parse_args(argv)
     with bad_input_refused():
-        if given.weights and given.run:
-            raise ValueError(f"which weights, {given.run} or {given.weights}? give one")
-        given.run = given.weights or given.run
-        given.weights = given.run or DEFAULT_WEIGHTS
-        model, card, device = read_model(given)
-        config = run_config(card, given)
-        split, loader = test_images(config, card, device, own=given.data is None)
-    if not given.run:
-        print(f"weights {given.weights}, {config.dataset} in {config.data}")
+        if args.weights and args.run:
+            raise ValueError(f"which weights, {args.run} or {args.weights}? give one")
+        args.run = args.weights or args.run
+        args.weights = args.run or DEFAULT_WEIGHTS
+        model, card, device = read_model(args)
+        config = run_config(card, args)
+        split, loader = test_images(config, card, device, own=args.data is None)
+    if not args.run:
+        print(f"weights {args.weights}, {config.dataset} in {config.data}")
     stats = test(model, device, loader, precision=config.precision, tta=config.tta)
     images = f"{len(split):,} images" + ", each with its mirror image" * config.tta
     number = name_of(pick_precision(config.precision, device))
@@ -131,24 +131,24 @@ def predict_command(argv: list[str]) -> None:
         "images", nargs="+", help="image files, after a run folder or weights file or not"
     )
     parser.add_argument("--top", type=int, default=3, help="classes to name (default: 3)")
-    given = parser.parse_args(argv)
-    first = given.images[0]
-    if not given.weights and (Path(first).is_dir() or first.endswith(".safetensors") or first in MODELS):
-        given.weights = given.images.pop(0)
-    given.weights = given.weights or DEFAULT_WEIGHTS
+    args = parser.parse_args(argv)
+    first = args.images[0]
+    if not args.weights and (Path(first).is_dir() or first.endswith(".safetensors") or first in MODELS):
+        args.weights = args.images.pop(0)
+    args.weights = args.weights or DEFAULT_WEIGHTS
     with bad_input_refused():
-        if not given.images:
+        if not args.images:
             raise ValueError(
-                f"{given.weights} is taken for a run: which images? give one file or more after it"
+                f"{args.weights} is taken for a run: which images? give one file or more after it"
             )
-        model, card, device = read_model(given)
+        model, card, device = read_model(args)
         fit = card.get("config", {}).get("fit", "crop")  # which older runs did
-        images, faults = read_each(given.images, card["image_size"], fit)
+        images, faults = read_each(args.images, card["image_size"], fit)
     if images:
         stack = np.stack(list(images.values()))
-        probabilities = predict_images(model, device, stack, card, given.precision)
+        probabilities = predict_images(model, device, stack, card, args.precision)
         for path, row in zip(images, probabilities, strict=True):
-            best = np.argsort(-row)[: max(1, given.top)]
+            best = np.argsort(-row)[: max(1, args.top)]
             print(f"{path}:", ", ".join(f"{card['classes'][k]} {row[k]:.1%}" for k in best))
     if faults:
         raise ValueError("; ".join(faults))
@@ -169,11 +169,11 @@ def report_command(argv: list[str]) -> None:
     """main.py report RUN: predict the run's test images and write its report again."""
     parser = model_parser("report", "Write the report of a run folder again.", shipped=False)
     add_data_flag(parser)
-    given = parser.parse_args(argv)
-    folder = Path(given.weights)
+    args = parser.parse_args(argv)
+    folder = Path(args.weights)
     with bad_input_refused():
-        model, card, device = read_model(given)
-        config = run_config(card, given)
+        model, card, device = read_model(args)
+        config = run_config(card, args)
         check_own_weights(folder, card)
         loaders = make_loaders(config, device)
         check_same_images(card, make_card(config, loaders), config.data)
@@ -188,9 +188,9 @@ def compare_command(argv: list[str]) -> None:
     parser = make_parser("main.py compare", "Compare runs: a table, and their curves in one figure.")
     parser.add_argument("runs", nargs="+", help="run folders, two or more")
     parser.add_argument("--output", help="figure to write (default: compare.png beside the first run)")
-    given = parser.parse_args(argv)
-    runs = read_runs(given.runs)
-    path = Path(given.output or Path(given.runs[0]).resolve().parent / "compare.png")
+    args = parser.parse_args(argv)
+    runs = read_runs(args.runs)
+    path = Path(args.output or Path(args.runs[0]).resolve().parent / "compare.png")
     with bad_input_refused():
         save_figure(plot_history({name: history for name, (_, history, _) in runs.items()}), path)
     print_columns(comparison(runs), shutil.get_terminal_size().columns)
@@ -209,20 +209,20 @@ def export_command(argv: list[str]) -> None:
     )
     parser.add_argument("--format", default="onnx", help=f"{', '.join(FORMATS)} (default: onnx)")
     parser.add_argument("--output", help="(default: model.onnx or .pt2 in the run, or beside the file)")
-    given = parser.parse_args(argv)
-    model, card = load_weights(given.weights)
-    choose("format", given.format, FORMATS)
-    source = Path(given.weights)
+    args = parser.parse_args(argv)
+    model, card = load_weights(args.weights)
+    choose("format", args.format, FORMATS)
+    source = Path(args.weights)
     source = source / "model" if source.is_dir() else source
-    path = Path(given.output or source.with_suffix(FORMATS[given.format]))
+    path = Path(args.output or source.with_suffix(FORMATS[args.format]))
     if not path.parent.is_dir():
         raise ValueError(f"there is no folder {path.parent}")
     images = load_split("cifar10-sample", "test").images[::10]
     grid = np.arange(card["image_size"]) * images.shape[1] // card["image_size"]
     images = images[:, grid][:, :, grid]
     with bad_input_refused():
-        difference = export_model(path, model, card, given.format, images)
-    print(f"{path}: {path.stat().st_size / 1e6:.1f} MB of {given.format}")
+        difference = export_model(path, model, card, args.format, images)
+    print(f"{path}: {path.stat().st_size / 1e6:.1f} MB of {args.format}")
     print(*(f"  {name}: {text}" for name, text in metadata_of(card).items()), sep="\n")
     print(f"checked on {len(images)} images: logits differ by {difference:.1e} at most")
 

@@ -119,8 +119,8 @@ def write_report(
     run, machine, history = read_files(folder, "config.json", "environment.json", "history.json")
     config = asdict(run) | {"batch_size": dataset_of(loaders.train).batch_size}
     facts = json.loads((folder / "environment.json").read_bytes())
-    found = read_finder(folder) if config["lr"] is None else None
-    draw_training(folder, config, history, found, loaders)
+    finder = read_finder(folder) if config["lr"] is None else None
+    draw_training(folder, config, history, finder, loaders)
     layers = draw_results(folder, model, loaders, predictions)
     files = getattr(dataset_of(loaders.test).split, "files", None)
     write_mistakes(folder, predictions, loaders.classes, files)
@@ -129,7 +129,7 @@ def write_report(
         headline(config, history, predictions, classes, facts.get("precision", config["precision"])),
         data_section(loaders, config),
         model_section(config, model, summarize(model, config["image_size"])),
-        finder_section(config, found, history),
+        finder_section(config, finder, history),
         training_section(config, history),
         classes_section(predictions, classes),
         calibration_section(predictions, config["label_smoothing"]),
@@ -180,7 +180,7 @@ def to_html(text: str, folder: Path) -> str:
 
 
 def draw_training(
-    folder: Path, config: dict, history: History, found: LRFinderResult | None, loaders: Loaders
+    folder: Path, config: dict, history: History, finder: LRFinderResult | None, loaders: Loaders
 ) -> None:
     """The figures of data, rate and curves."""
     images, labels = loaders.train.dataset[1, 0]
@@ -190,8 +190,8 @@ def draw_training(
         "curves": plot_history({config["model"]: history}),
         "lr_history": plot_lr_history(history.lrs, history.steps_per_epoch),
     }
-    if found:
-        figures["lr_finder"] = plot_lr_finder(found, config["lr_rule"])
+    if finder:
+        figures["lr_finder"] = plot_lr_finder(finder, config["lr_rule"])
     save_figures(folder, figures)
 
 

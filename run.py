@@ -150,10 +150,10 @@ def execute(
     SIGINT and SIGTERM raise `Stopped`, whatever is under way.
     """
     with unfailing_output(), signals_noted(), unlocked_after(folder):
-        found = None
+        finder = None
         if config.lr is None:
-            found = range_test(config, device, loaders, model, optimizer, folder)
-        scheduler = make_scheduler(config, loaders, optimizer, found)
+            finder = range_test(config, device, loaders, model, optimizer, folder)
+        scheduler = make_scheduler(config, loaders, optimizer, finder)
         fit_model(
             model,
             device,
@@ -182,12 +182,12 @@ def range_test(
 
     A run that is continued has it already.
     """
-    kept = read_finder(folder) if config.resume else None
-    if kept:
-        return kept
+    finder = read_finder(folder) if config.resume else None
+    if finder:
+        return finder
     if not watched():
         print("range test: up to 100 steps at rising rates", flush=True)
-    found = find_lr(
+    finder = find_lr(
         model,
         device,
         loaders.train,
@@ -195,17 +195,17 @@ def range_test(
         precision=config.precision,
         label_smoothing=config.label_smoothing,
     )
-    write_whole(folder / "lr_finder.json", json.dumps(asdict(found)))
-    suggested = [f"{rule} {rate:.3g}" for rule, rate in found.suggestions.items()]
-    print(f"range test, {len(found.lrs)} steps: {', '.join(suggested)}")
-    return found
+    write_whole(folder / "lr_finder.json", json.dumps(asdict(finder)))
+    suggested = [f"{rule} {rate:.3g}" for rule, rate in finder.suggestions.items()]
+    print(f"range test, {len(finder.lrs)} steps: {', '.join(suggested)}")
+    return finder
 
 
 def make_scheduler(
-    config: Config, loaders: Loaders, optimizer: torch.optim.Optimizer, found: LRFinderResult | None
+    config: Config, loaders: Loaders, optimizer: torch.optim.Optimizer, finder: LRFinderResult | None
 ) -> OneCycleLR | None:
     """Set the rate, given or found; returns the optimizer's scheduler, or None for a constant rate."""
-    scheduler = schedule(config, optimizer, found, config.epochs, len(loaders.train))
+    scheduler = schedule(config, optimizer, finder, config.epochs, len(loaders.train))
     if scheduler is not None:
         group = optimizer.param_groups[0]
         print(f"one-cycle from {group['lr']:.3g} to {group['max_lr']:.3g} and down")
@@ -215,7 +215,7 @@ def make_scheduler(
 def schedule(
     config: Config,
     optimizer: torch.optim.Optimizer,
-    found: LRFinderResult | None,
+    finder: LRFinderResult | None,
     epochs: int,
     steps: int,
 ) -> OneCycleLR | None:
@@ -226,9 +226,9 @@ def schedule(
     low = None
     if config.lr is not None:
         high = config.lr
-    elif found is not None:
-        high = found.suggestions[config.lr_rule]
-        low = min(found.suggestions["start"], high / 10)
+    elif finder is not None:
+        high = finder.suggestions[config.lr_rule]
+        low = min(finder.suggestions["start"], high / 10)
     else:
         raise ValueError("there is no rate: set lr, or give the result of a range test")
     if config.scheduler == "none":
@@ -335,15 +335,15 @@ def check_own_weights(folder: Path, card: dict) -> None:
         raise ValueError(f"the weights in {folder} are another run's: they differ in {', '.join(other)}")
 
 
-def read_model(given: argparse.Namespace) -> tuple[nn.Module, dict, torch.device]:
+def read_model(args: argparse.Namespace) -> tuple[nn.Module, dict, torch.device]:
     """Model and card of saved weights, and the device asked for."""
-    return *load_weights(given.weights), get_device(given.device)
+    return *load_weights(args.weights), get_device(args.device)
 
 
-def run_config(card: dict, given: argparse.Namespace) -> Config:
+def run_config(card: dict, args: argparse.Namespace) -> Config:
     """The configuration of the run that made some weights, with the data and precision asked for."""
     try:
         config = Config(**card["config"])
     except (KeyError, TypeError) as error:
-        raise ValueError(f"{given.weights} has no configuration of this version ({error})") from None
-    return replace(config, data=given.data or config.data, precision=given.precision or config.precision)
+        raise ValueError(f"{args.weights} has no configuration of this version ({error})") from None
+    return replace(config, data=args.data or config.data, precision=args.precision or config.precision)

@@ -124,11 +124,11 @@ def evaluation_transform(compose: Any, images: np.ndarray) -> A.Compose:
     mean, std = normalization_of(compose)
     noise = np.random.default_rng(0).integers(40, 200, images.shape[1:], dtype=np.uint8)
     probes = [noise, *images[:3]]
-    kept: list[A.BasicTransform] = []
+    steps: list[A.BasicTransform] = []
     now = probes
     for step in compose.transforms:
         fixed, now = _without_chance(step, now)
-        kept += fixed
+        steps += fixed
     if not all(isinstance(x, Tensor) and x.is_floating_point() for x in now):
         raise ValueError("the pipeline must end in A.Normalize(mean, std), ToTensorV2()")
     plain = test_transform(mean, std)
@@ -136,7 +136,7 @@ def evaluation_transform(compose: Any, images: np.ndarray) -> A.Compose:
     pairs = list(zip(now, expected, strict=True))
     if all(x.shape == y.shape and torch.allclose(x, y, atol=1e-4) for x, y in pairs):
         return plain
-    return A.Compose(kept)
+    return A.Compose(steps)
 
 
 def _without_chance(step: Any, images: list[Any]) -> tuple[list[A.BasicTransform], list[Any]]:

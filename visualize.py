@@ -77,10 +77,12 @@ def plot_misclassified(
         count: how many at most; a model without mistakes gets a figure that says so.
     """
     chosen = predictions.misclassified(count)
-    total, wrong = len(predictions.labels), len(predictions.misclassified())
+    total, mistakes = len(predictions.labels), len(predictions.misclassified())
     names = legible(classes)
     titles = [mistake(predictions, index, names) for index in chosen]
-    title = f"{wrong:,} of {total:,} misclassified ({wrong / total:.1%}); the most confident mistakes"
+    title = (
+        f"{mistakes:,} of {total:,} misclassified ({mistakes / total:.1%}); the most confident mistakes"
+    )
     return gallery(images[chosen], titles, title, font_note(classes))
 
 
@@ -229,11 +231,11 @@ def plot_reliability(predictions: Predictions) -> Figure:
 
     Bars are 95 % intervals (Wilson); below stands how many answers each point is of.
     """
-    found = predictions.calibration()
-    edges = np.arange(len(found.answers)) / len(found.answers)
-    kept = np.flatnonzero(found.answers)
-    share = found.right[kept] / found.answers[kept]
-    limits = [share_interval(found.right[k], found.answers[k]) for k in kept]
+    calibration = predictions.calibration()
+    edges = np.arange(len(calibration.answers)) / len(calibration.answers)
+    filled_bins = np.flatnonzero(calibration.answers)
+    share = calibration.right[filled_bins] / calibration.answers[filled_bins]
+    limits = [share_interval(calibration.right[k], calibration.answers[k]) for k in filled_bins]
     bars = np.abs(np.transpose(limits) - share)
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(5.4, 5.4), layout="constrained")
@@ -241,11 +243,11 @@ def plot_reliability(predictions: Predictions) -> Figure:
         top.plot([0, 1], [0, 1], "--", color="0.5", linewidth=1, label="as often right as it says")
         marks: dict[str, Any] = {"color": COLORS[0], "fmt": "o", "markersize": 5, "capsize": 2}
         label = "this network, with 95% intervals"
-        top.errorbar(found.probability[kept], share, bars, label=label, **marks)
-        low.bar(edges, found.answers, width=0.9 / len(edges), align="edge", color=COLORS[0])
+        top.errorbar(calibration.probability[filled_bins], share, bars, label=label, **marks)
+        low.bar(edges, calibration.answers, width=0.9 / len(edges), align="edge", color=COLORS[0])
         top.legend(loc="best", fontsize=9)
         top.set(xlim=(0, 1), ylim=(0, 1.02), ylabel="share of right answers")
-        top.set_title(f"Reliability: expected calibration error {100 * found.error:.1f} points")
+        top.set_title(f"Reliability: expected calibration error {100 * calibration.error:.1f} points")
         low.set(xlabel="probability of the answer", ylabel="answers")
         for axis in (top.xaxis, top.yaxis):
             axis.set_major_formatter(PercentFormatter(1.0, decimals=0))

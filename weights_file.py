@@ -56,23 +56,23 @@ def weights_content(model: nn.Module, card: dict) -> bytes:
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(f"the card cannot go with weights ({error!r})") from None
     shapes = {name: tensor.shape for name, tensor in tensors.items()}
-    wrong = sorted(
+    misfits = sorted(
         n for n in {*shapes, *expected} if shapes.get(n) != getattr(expected.get(n), "shape", None)
     )
-    if wrong:
+    if misfits:
         named = ", ".join(f"{name} {value}" for name, value in card["options"].items())
-        raise ValueError(f"the card says {card['model']} ({named}), which does not fit at {wrong[0]}")
+        raise ValueError(f"the card says {card['model']} ({named}), which does not fit at {misfits[0]}")
     # One entry: safetensors writes several in an order that changes from process to process.
     return save(tensors, metadata={"card": json.dumps(card | {"sha256": digest(tensors, card)})})
 
 
 def digest(tensors: dict[str, torch.Tensor], card: dict) -> str:
     """SHA-256 of names and bytes of some tensors, and of their card."""
-    found = hashlib.sha256(json.dumps(card, sort_keys=True).encode())
+    hasher = hashlib.sha256(json.dumps(card, sort_keys=True).encode())
     for name in sorted(tensors):
-        found.update(name.encode())
-        found.update(tensors[name].contiguous().flatten().view(torch.uint8).numpy().data)
-    return found.hexdigest()
+        hasher.update(name.encode())
+        hasher.update(tensors[name].contiguous().flatten().view(torch.uint8).numpy().data)
+    return hasher.hexdigest()
 
 
 def load_weights(path: str | Path) -> tuple[nn.Module, dict]:

@@ -30,12 +30,12 @@ def make_parser(doc: str, rounds: int | None = None) -> argparse.ArgumentParser:
 
 def measure(variants: Mapping[str, Callable[[], float]], rounds: int) -> dict[str, list[float]]:
     """Measure each variant once a round, every other round backwards, so that noise hits all alike."""
-    found: dict[str, list[float]] = {name: [] for name in variants}
+    values: dict[str, list[float]] = {name: [] for name in variants}
     for number in range(rounds):
         for name in list(variants)[:: -1 if number % 2 else 1]:
-            found[name].append(variants[name]())
-            print(f"round {number + 1} of {rounds}, {name}: {found[name][-1]:.4g}", flush=True)
-    return found
+            values[name].append(variants[name]())
+            print(f"round {number + 1} of {rounds}, {name}: {values[name][-1]:.4g}", flush=True)
+    return values
 
 
 def spread(values: list[float]) -> dict:
@@ -56,19 +56,14 @@ def make_row(variant: str, values: list[float], **columns: Any) -> dict:
 
 def make_claim(text: str, values: list[float], target: float | None = None, most: bool = False) -> dict:
     """A ratio, and what it should be at least, or with `most` at most; no target: it is only stated."""
-    found = spread(values)
+    summary = spread(values)
     sign = -1 if most else 1
-    met = None if target is None else sign * found["median"] >= sign * target
-    return {"claim": text, **found, "target": target, "most": most, "met": met}
+    met = None if target is None else sign * summary["median"] >= sign * target
+    return {"claim": text, **summary, "target": target, "most": most, "met": met}
 
 
 def make_result(
-    name: str,
-    unit: str,
-    rows: list[dict],
-    claims: list[dict],
-    given: argparse.Namespace,
-    **settings: Any,
+    name: str, unit: str, rows: list[dict], claims: list[dict], args: argparse.Namespace, **settings: Any
 ) -> dict:
     """One benchmark's result: what was measured, on what, when, and how it can be measured again."""
     return {
@@ -76,9 +71,9 @@ def make_result(
         "unit": unit,
         "rows": rows,
         "claims": claims,
-        "settings": settings | {"rounds": given.rounds},
-        "smoke": given.smoke,
-        **machine_facts(getattr(given, "device", "cpu")),
+        "settings": settings | {"rounds": args.rounds},
+        "smoke": args.smoke,
+        **machine_facts(getattr(args, "device", "cpu")),
         "command": f"python -m benchmarks.{name}",
     }
 
@@ -94,9 +89,9 @@ def today() -> str:
     return time.strftime("%Y-%m-%d")
 
 
-def result_folder(given: argparse.Namespace) -> Path:
+def result_folder(args: argparse.Namespace) -> Path:
     """Where a result goes; what tiny settings give never lies beside what was measured."""
-    folder = given.output or (RESULTS / "smoke" if given.smoke else RESULTS)
+    folder = args.output or (RESULTS / "smoke" if args.smoke else RESULTS)
     folder.mkdir(parents=True, exist_ok=True)
     return folder
 
@@ -106,9 +101,9 @@ def read_json(path: Path) -> Any:
     return json.loads(path.read_text(encoding="utf-8"))
 
 
-def publish(result: dict, given: argparse.Namespace) -> None:
+def publish(result: dict, args: argparse.Namespace) -> None:
     """Write NAME.json and print the table."""
-    path = result_folder(given) / f"{result['name']}.json"
+    path = result_folder(args) / f"{result['name']}.json"
     write_whole(path, json.dumps(result, indent=1) + "\n")
     print(f"\n{render(result)}\n\nwritten to {path}")
 

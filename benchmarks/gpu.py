@@ -67,13 +67,13 @@ def peak_of(device: torch.device) -> float | None:
 class Bench:
     """The device, the images and the sizes that the measurements share."""
 
-    def __init__(self, given: argparse.Namespace):
-        self.given, self.device, self.smoke = given, get_device(given.device), given.smoke
-        given.device = str(self.device)
+    def __init__(self, args: argparse.Namespace):
+        self.args, self.device, self.smoke = args, get_device(args.device), args.smoke
+        args.device = str(self.device)
         # An epoch has 48 batches of 1,024.
         self.steps, self.warmup, self.width = (2, 1, 8) if self.smoke else (36, 10, 64)
-        machine = common.machine_facts(given.device)["machine"]
-        self.folder = common.result_folder(given) / "gpu" / time_to_accuracy.slug(machine)
+        machine = common.machine_facts(args.device)["machine"]
+        self.folder = common.result_folder(args) / "gpu" / time_to_accuracy.slug(machine)
         self.folder.mkdir(parents=True, exist_ok=True)
         self.split: Split | None = None
 
@@ -110,7 +110,7 @@ class Bench:
 
     def write(self, name: str, unit: str, rows: list[dict], claims: list[dict], **settings: Any) -> None:
         """Write one measurement to its file, and print it."""
-        result = common.make_result("gpu", unit, rows, claims, self.given, **settings)
+        result = common.make_result("gpu", unit, rows, claims, self.args, **settings)
         write_whole(self.folder / f"{name}.json", json.dumps(result, indent=1) + "\n")
         print(common.render(result), flush=True)
 
@@ -125,13 +125,13 @@ def measure_speed(bench: Bench, name: str, batch: int) -> None:
             "rate": functools.partial(bench.rate, model, loader, batch),
             "load": functools.partial(bench.loading_seconds, loader),
         }
-        found = common.measure(both, bench.given.rounds)
-        flops = [6 * adds * rate for rate in found["rate"]]  # 2 a multiply-add, forward and twice back
+        values = common.measure(both, bench.args.rounds)
+        flops = [6 * adds * rate for rate in values["rate"]]  # 2 a multiply-add, forward and twice back
         shares = [f / peak for f in flops] if peak and bench.width == 64 else []
         share = f"{common.spread(shares)['median']:.1%}" if shares else "not known"
-        rows.append(common.make_row(f"{network}, batch {batch}", found["rate"], **{"of peak": share}))
+        rows.append(common.make_row(f"{network}, batch {batch}", values["rate"], **{"of peak": share}))
         loads = [
-            seconds * rate / batch for seconds, rate in zip(found["load"], found["rate"], strict=True)
+            seconds * rate / batch for seconds, rate in zip(values["load"], values["rate"], strict=True)
         ]
         claims.append(common.make_claim(f"{network}: augmentation / step", loads, 0.02, most=True))
         if shares:
@@ -200,11 +200,11 @@ def measure_compile(bench: Bench, name: str, batch: int) -> None:
     calls = {
         mode: functools.partial(bench.rate, model, loader, batch) for mode, model in variants.items()
     }
-    found = common.measure(calls, bench.given.rounds)
-    rows = [common.make_row(f"{mode}, batch {batch}", rates) for mode, rates in found.items()]
+    rates_by_mode = common.measure(calls, bench.args.rounds)
+    rows = [common.make_row(f"{mode}, batch {batch}", rates) for mode, rates in rates_by_mode.items()]
     claims = [
-        common.make_claim(f"{mode} / eager", common.ratios(rates, found["eager"]))
-        for mode, rates in found.items()
+        common.make_claim(f"{mode} / eager", common.ratios(rates, rates_by_mode["eager"]))
+        for mode, rates in rates_by_mode.items()
         if mode != "eager"
     ]
     bench.write(name, "images/s", rows, claims, batch=batch, failures=failures)
@@ -242,8 +242,8 @@ def attempt(name: str, folder: Path, call: Callable[[], bool]) -> bool:
 def run_recipes(bench: Bench, seeds: range, deadline: float) -> bool:
     """Some seeds of every recipe, the first seed of each first; whether all are over."""
     flags = TINY if bench.smoke else []
-    flags = flags + (["--device", bench.given.device] if bench.given.device != "cuda" else [])
-    folder = common.result_folder(bench.given) / "accuracy"
+    flags = flags + (["--device", bench.args.device] if bench.args.device != "cuda" else [])
+    folder = common.result_folder(bench.args) / "accuracy"
     for seed in seeds:
         for recipe in RECIPE_ORDER:
             if recipe not in RECIPES:
@@ -290,15 +290,15 @@ def make_parser() -> argparse.ArgumentParser:
 
 def main(argv: list[str] | None = None) -> int:
     """Do what is left of the programme; `UNFINISHED` if the time was up first."""
-    given = make_parser().parse_args(argv)
+    args = make_parser().parse_args(argv)
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # the run under way is told to stop, too
     # A run that is told to stop writes a checkpoint first: half a minute for that and for the imports.
-    deadline = time.monotonic() + 60 * given.minutes - (0 if given.smoke else 30)
-    bench = Bench(given)
-    print(f"{common.machine_facts(given.device)['machine']}, results in {bench.folder}", flush=True)
+    deadline = time.monotonic() + 60 * args.minutes - (0 if args.smoke else 30)
+    bench = Bench(args)
+    print(f"{common.machine_facts(args.device)['machine']}, results in {bench.folder}", flush=True)
     over = (
         run_recipes(bench, range(1), deadline)
-        and run_recipes(bench, range(1, given.seeds), deadline)
+        and run_recipes(bench, range(1, args.seeds), deadline)
         and run_measurements(bench, deadline)
     )
     failed = [path.stem for path in sorted(bench.folder.glob("*.failed"))]

@@ -77,30 +77,30 @@ def count_distinct(image: np.ndarray, count: int) -> dict[str, int]:
 
 def main(argv: list[str] | None = None) -> None:
     """Measure, print, write input.json."""
-    given = common.make_parser(__doc__, rounds=7).parse_args(argv)
-    batch, count = (64, 256) if given.smoke else (BATCH, 1024)
+    args = common.make_parser(__doc__, rounds=7).parse_args(argv)
+    batch, count = (64, 256) if args.smoke else (BATCH, 1024)
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        split = load_split("cifar10-sample" if given.smoke else "cifar10", "train")
-        split = split.take(np.arange(640)) if given.smoke else split
+        split = load_split("cifar10-sample" if args.smoke else "cifar10", "train")
+        split = split.take(np.arange(640)) if args.smoke else split
         loaders = loaders_of(split, batch)
         for loader in loaders.values():  # pages, caches, worker processes
             list(islice(loader, 1)) if loader.num_workers == 0 else rate(loader)
         variants = {name: functools.partial(rate, loader) for name, loader in loaders.items()}
-        found = common.measure(variants, given.rounds)
+        rates = common.measure(variants, args.rounds)
         draws = count_distinct(split.images[0], count)
-        result = summarize(found, draws, count, given)
+        result = summarize(rates, draws, count, args)
     finally:
         torch.set_num_threads(before)
-    common.publish(result, given)
+    common.publish(result, args)
 
 
 def summarize(
-    found: dict[str, list[float]], draws: dict[str, int], count: int, given: argparse.Namespace
+    rates: dict[str, list[float]], draws: dict[str, int], count: int, args: argparse.Namespace
 ) -> dict:
     """The result with its claims."""
-    batches, library, one, two = found.values()
+    batches, library, one, two = rates.values()
     claims = [
         common.make_claim("whole batches / Albumentations", common.ratios(batches, library), 25),
         common.make_claim("two workers / one process", common.ratios(two, one), 1.5),
@@ -108,8 +108,8 @@ def summarize(
         common.make_claim("different draws, our two workers", [draws["ours"] / count], 0.98),
         common.make_claim("different draws, the library's own", [draws["Albumentations"] / count]),
     ]
-    rows = [common.make_row(name, values) for name, values in found.items()]
-    return common.make_result("input", "images/s", rows, claims, given, batch=BATCH, draws=count)
+    rows = [common.make_row(name, values) for name, values in rates.items()]
+    return common.make_result("input", "images/s", rows, claims, args, batch=BATCH, draws=count)
 
 
 if __name__ == "__main__":

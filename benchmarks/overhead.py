@@ -119,18 +119,18 @@ def a_row(epoch: int) -> Epoch:
     return Epoch(epoch=epoch, lr=1e-3, seconds=1.0, images_per_second=1.0, **dict.fromkeys(parts, 0.5))
 
 
-def compare(width: int, steps: int, given: argparse.Namespace) -> tuple[list[dict], list[dict]]:
+def compare(width: int, steps: int, args: argparse.Namespace) -> tuple[list[dict], list[dict]]:
     """Rows and claims at one width."""
-    sample: dict[str, Any] = {"dataset": "cifar10-sample", "batch_size": 32} if given.smoke else {}
+    sample: dict[str, Any] = {"dataset": "cifar10-sample", "batch_size": 32} if args.smoke else {}
     config = Config(width=width, max_test_batches=1, **sample)
     loaders = make_loaders(config)
     variants = {}
     for name, call in (("bare loop", bare_seconds), ("fit_model", fit_seconds)):
         call(config, loaders, 1)  # imports, pages, kernels
         variants[f"width {width}, {name}"] = functools.partial(call, config, loaders, steps)
-    found = common.measure(variants, given.rounds)
+    seconds = common.measure(variants, args.rounds)
     save, end = writing_seconds(config, loaders)
-    bare, fit = found.values()
+    bare, fit = seconds.values()
     epoch = EPOCH / steps * statistics.median(bare)
     loop, files = common.ratios(fit, bare), (end + save * int(epoch / 60)) / epoch
     claims = [
@@ -138,19 +138,21 @@ def compare(width: int, steps: int, given: argparse.Namespace) -> tuple[list[dic
         common.make_claim(f"width {width}: all that is written in an epoch / bare epoch", [files]),
         common.make_claim(f"width {width}: both / bare", [x + files for x in loop], 1.02, most=True),
     ]
-    rows = [common.make_row(name, values, steps=steps) for name, values in found.items()]
+    rows = [common.make_row(name, values, steps=steps) for name, values in seconds.items()]
     rows.append(common.make_row(f"width {width}, a checkpoint", [save], steps=""))
     return rows, claims
 
 
 def main(argv: list[str] | None = None) -> None:
     """Measure, print, write overhead.json."""
-    given = common.make_parser(__doc__, rounds=8).parse_args(argv)
+    args = common.make_parser(__doc__, rounds=8).parse_args(argv)
     # About 6 s and 5 s on two cores with bf16.
-    lengths = {4: 2, 2: 3} if given.smoke else {64: 4, 16: 32}
-    found = [compare(width, steps, given) for width, steps in lengths.items()]
-    rows, claims = ([item for part in parts for item in part] for parts in zip(*found, strict=True))
-    common.publish(common.make_result("overhead", "seconds", rows, claims, given), given)
+    lengths = {4: 2, 2: 3} if args.smoke else {64: 4, 16: 32}
+    comparisons = [compare(width, steps, args) for width, steps in lengths.items()]
+    rows, claims = (
+        [item for part in parts for item in part] for parts in zip(*comparisons, strict=True)
+    )
+    common.publish(common.make_result("overhead", "seconds", rows, claims, args), args)
 
 
 if __name__ == "__main__":

@@ -66,7 +66,7 @@ def packages() -> list[str]:
 
 def main(argv: list[str] | None = None) -> None:
     """Measure, print, write start.json."""
-    given = common.make_parser(__doc__, rounds=5).parse_args(argv)
+    args = common.make_parser(__doc__, rounds=5).parse_args(argv)
     variants = {
         "python, nothing imported": lambda: seconds_of(""),
         "import torch": lambda: seconds_of("import torch"),
@@ -74,19 +74,19 @@ def main(argv: list[str] | None = None) -> None:
         "--recipe demo, first update": lambda: first_step("--recipe", "demo"),
         "--recipe demo --lr 0.01, first update": lambda: first_step("--recipe", "demo", "--lr", "0.01"),
     }
-    if not given.smoke:
+    if not args.smoke:
         variants["--recipe quick, first update"] = lambda: first_step("--recipe", "quick")
         for variant in variants.values():  # files into memory, bytecode written
             variant()
-    found = common.measure(variants, given.rounds)
-    rows = [common.make_row(name, values) for name, values in found.items()]
-    share = common.ratios(found["import main"], found["import torch"])
+    seconds = common.measure(variants, args.rounds)
+    rows = [common.make_row(name, values) for name, values in seconds.items()]
+    share = common.ratios(seconds["import main"], seconds["import torch"])
     claims = [common.make_claim("import main / import torch", share)]
     imported = packages()
-    result = common.make_result("start", "seconds", rows, claims, given, imported=imported)
+    result = common.make_result("start", "seconds", rows, claims, args, imported=imported)
     late = sorted(set(LATE) - set(imported))
     result["note"] = f"`import main` leaves for later: {', '.join(late)}"
-    common.publish(result, given)
+    common.publish(result, args)
     print("imported:", ", ".join(imported))
 
 

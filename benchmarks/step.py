@@ -22,19 +22,19 @@ def main(argv: list[str] | None = None) -> None:
     """Measure, print, write step.json."""
     parser = common.make_parser(__doc__, rounds=3)
     parser.add_argument("--steps", type=int, default=4, help="that count, in a round (default: 4)")
-    given = parser.parse_args(argv)
-    sizes = {"width": 64, "batch": 512, "steps": given.steps}
-    if given.smoke:
+    args = parser.parse_args(argv)
+    sizes = {"width": 64, "batch": 512, "steps": args.steps}
+    if args.smoke:
         sizes = {"width": 4, "batch": 32, "steps": 2}
-    results = compare(["the course's loop", "ours"], sizes, CPU, given)
-    found = {name: [one["rate"] for one in rounds] for name, rounds in results.items()}
-    theirs, mine = found.values()
-    rows = [common.make_row(name, values) for name, values in found.items()]
+    results = compare(["the course's loop", "ours"], sizes, CPU, args)
+    rates = {name: [one["rate"] for one in rounds] for name, rounds in results.items()}
+    theirs, mine = rates.values()
+    rows = [common.make_row(name, values) for name, values in rates.items()]
     precision = name_of(pick_precision("auto", CPU))
     ratios = common.ratios(mine, theirs)
     claims = [common.make_claim("ours / the course's loop", ratios, CLAIMED[precision])]
-    result = common.make_result("step", "images/s", rows, claims, given, **sizes, precision=precision)
-    common.publish(result, given)
+    result = common.make_result("step", "images/s", rows, claims, args, **sizes, precision=precision)
+    common.publish(result, args)
 
 
 if __name__ == "__main__":

@@ -55,7 +55,7 @@ def render_battery(results: dict) -> str:
 
 def fill(text: str, folder: Path = common.RESULTS) -> str:
     """A text with every marker's table made anew."""
-    return MARKERS.sub(lambda found: f"{found[1]}{table_of(found[2], folder)}\n{found[3]}", text)
+    return MARKERS.sub(lambda match: f"{match[1]}{table_of(match[2], folder)}\n{match[3]}", text)
 
 
 def main() -> None:

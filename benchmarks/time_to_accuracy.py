@@ -219,16 +219,16 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--seeds", type=int, default=5, help="how many, from 0 (default: 5)")
     parser.add_argument("--minutes", type=float, help="stop after so many, to go on another time")
     parser.add_argument("--target", type=float, help="say when each seed first reached this accuracy")
-    given, flags = parser.parse_known_args(argv)
-    folder = common.result_folder(given) / "accuracy"
+    args, flags = parser.parse_known_args(argv)
+    folder = common.result_folder(args) / "accuracy"
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # the run is told to stop, too
-    deadline = None if given.minutes is None else time.monotonic() + 60 * given.minutes
-    for seed in range(given.seeds):
-        if not run_seed(given.recipe, seed, flags, folder, deadline):
+    deadline = None if args.minutes is None else time.monotonic() + 60 * args.minutes
+    for seed in range(args.seeds):
+        if not run_seed(args.recipe, seed, flags, folder, deadline):
             print(f"time is up in seed {seed}; the same command goes on")
             break
-        report(run_of(open_record(given.recipe, flags, folder)[1], seed), given.target)
-    path, record = open_record(given.recipe, flags, folder)
+        report(run_of(open_record(args.recipe, flags, folder)[1], seed), args.target)
+    path, record = open_record(args.recipe, flags, folder)
     if done_runs(record):
         print(f"\n{render([record])}\n\nwritten to {path}")
 

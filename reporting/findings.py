@@ -65,8 +65,8 @@ def classes_section(predictions: Predictions, classes: Sequence[str]) -> str:
     rows: list[list[Any]] = []
     for k, (name, precision, share, f1, count) in enumerate(zip(classes, *scores, strict=True)):
         right = f"{precision:.1%}" if answered[k] else "never answered"
-        found = [f"{share:.1%}", in_percent(intervals[k]), f"{f1:.3f}"]
-        rows.append([name, right, *(found if count else ["no image", "", ""]), f"{count:,}"])
+        recall_cells = [f"{share:.1%}", in_percent(intervals[k]), f"{f1:.3f}"]
+        rows.append([name, right, *(recall_cells if count else ["no image", "", ""]), f"{count:,}"])
     heads = ["class", "precision", "recall", "interval of the recall", "F1", "images"]
     table = markdown_table(heads, rows)
     return paragraphs(
@@ -126,7 +126,7 @@ def confusions(predictions: Predictions, classes: Sequence[str], count: int = 5)
 
 def calibration_section(predictions: Predictions, label_smoothing: float = 0.0) -> str:
     """Whether the network is as often right as it says; label smoothing asks it to be less sure."""
-    found, sure = predictions.calibration(), predictions.probabilities.max(1)
+    calibration, sure = predictions.calibration(), predictions.probabilities.max(1)
     low, high = accuracy_interval(predictions)
     mean = float(sure.mean())
     verdict = "within the interval of the accuracy, so on average it is about as sure as it should be"
@@ -149,11 +149,11 @@ def calibration_section(predictions: Predictions, label_smoothing: float = 0.0) 
         "A probability is what the softmax makes of the network's scores. Nothing in training makes it "
         "the share of right answers, so it has to be measured. The mean probability of the answers is "
         f"{mean:.1%}, {verdict}. {of_them}",
-        f"The expected calibration error is {100 * found.error:.1f} points: how far the points of the "
-        "figure lie from its diagonal, weighted by their answers, in 15 bins "
+        f"The expected calibration error is {100 * calibration.error:.1f} points: how far the points of "
+        "the figure lie from its diagonal, weighted by their answers, in 15 bins "
         "([Guo et al.](https://arxiv.org/abs/1706.04599)). By chance, a network that is exactly as "
-        f"often right as it says gets up to {100 * found.chance:.1f} points on so many images. All this "
-        "is of images like these: of others the network may be as sure, and wrong.",
+        f"often right as it says gets up to {100 * calibration.chance:.1f} points on so many images. "
+        "All this is of images like these: of others the network may be as sure, and wrong.",
         figure("reliability", "Share of right answers by the probability of the answer"),
     )
 

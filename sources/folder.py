@@ -85,13 +85,13 @@ def counts(
 
 def tell_shapes(ratios: Sequence[float], fit: str) -> None:
     """Print how many training images are not square, if any, and what is done to them."""
-    odd = [ratio for ratio in ratios if ratio > 1]
-    if not odd:
+    oblong = [ratio for ratio in ratios if ratio > 1]
+    if not oblong:
         return
     ways = " or ".join(f"--fit {other}" for other in FITS if other != fit)
     print(
-        f"{len(odd):,} of {len(ratios):,} training images are not square (up to {max(odd):.2f} : 1) and "
-        f"are {FITS[fit]}; {ways} does otherwise"
+        f"{len(oblong):,} of {len(ratios):,} training images are not square (up to "
+        f"{max(oblong):.2f} : 1) and are {FITS[fit]}; {ways} does otherwise"
     )
 
 
@@ -227,10 +227,12 @@ def check_layout(folder: Path, classes: Sequence[str], files: Sequence[tuple[Pat
     named = [k for k, name in enumerate(classes) if nested[k] and part_of(name)]
     if not named and not (all(nested) and len(shared) > 1):
         return
-    wrong, within = ([classes[k] for k in named], inner[named[0]]) if named else (classes, shared)
+    outer_folders, within = (
+        ([classes[k] for k in named], inner[named[0]]) if named else (classes, shared)
+    )
     folders = listed(outer[name] for name in sorted(within))
     raise ValueError(
-        f"{printable(folder)} has {listed(wrong)}, with folders {folders} in them: if those are "
+        f"{printable(folder)} has {listed(outer_folders)}, with folders {folders} in them: if those are "
         "the classes, name the outer folders train and test; if not, put the images of each class "
         "directly into its folder"
     )

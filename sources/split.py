@@ -43,9 +43,9 @@ class Split:
 
     def digest(self) -> str:
         """SHA-256 of images and labels."""
-        found = hashlib.sha256(np.ascontiguousarray(self.images).data)
-        found.update(np.ascontiguousarray(self.labels).data)
-        return found.hexdigest()
+        hasher = hashlib.sha256(np.ascontiguousarray(self.images).data)
+        hasher.update(np.ascontiguousarray(self.labels).data)
+        return hasher.hexdigest()
 
     def take(self, index: np.ndarray) -> "Split":
         """The images at `index`."""
@@ -97,9 +97,9 @@ def stratified_split(labels: np.ndarray, fraction: float, seed: int) -> tuple[np
     from sklearn.model_selection import train_test_split  # a second of imports that few runs need
 
     try:
-        kept, held = train_test_split(
+        train_index, held_out = train_test_split(
             np.arange(len(labels)), test_size=fraction, random_state=seed, stratify=labels
         )
     except ValueError as error:
         raise ValueError(f"cannot hold out {fraction:.0%} of {len(labels)} images: {error}") from None
-    return np.sort(kept), np.sort(held)
+    return np.sort(train_index), np.sort(held_out)

@@ -51,14 +51,14 @@ FETCHED = {
 
 def load_fetched(dataset: str, split: str, root: Path) -> Split:
     """A dataset of torchvision's as 32 x 32 RGB: a grey one of 28 pixels gets a black border."""
-    found = fetch(dataset, split, root)
-    pixels = np.asarray(found.data)
+    fetched = fetch(dataset, split, root)
+    pixels = np.asarray(fetched.data)
     if pixels.ndim == 3:
         pixels = np.pad(pixels, ((0, 0), (2, 2), (2, 2)))[..., None].repeat(3, axis=3)
     elif pixels.shape[1] == 3:
         pixels = pixels.transpose(0, 2, 3, 1)
-    labels = found.labels if hasattr(found, "labels") else found.targets
-    classes = FETCHED[dataset].classes or tuple(found.classes)
+    labels = fetched.labels if hasattr(fetched, "labels") else fetched.targets
+    classes = FETCHED[dataset].classes or tuple(fetched.classes)
     return Split(np.ascontiguousarray(pixels), np.asarray(labels, np.int64), classes)
 
 
@@ -95,8 +95,8 @@ def refuse_unreadable(root: Path, facts: Fetched) -> None:
     if legacy.exists():
         raise OSError(f"{legacy} is an old copy without checksums, which torchvision prefers: remove it")
     for place in (root / name for name in facts.files):
-        for found in place.parent.glob(place.name.partition(".")[0] + "*"):
-            for path in (found, *found.rglob("*")):
+        for match in place.parent.glob(place.name.partition(".")[0] + "*"):
+            for path in (match, *match.rglob("*")):
                 if path.exists() and not path.is_file() and not path.is_dir():
                     raise OSError(f"{path} is neither a file nor a folder: remove it")
 

@@ -255,11 +255,11 @@ def check_evaluation(model: nn.Module, device: torch.device, dtype: torch.dtype,
         ValueError: no loader is given (None is none), or one, its batch or the answer is not what it
             must be.
     """
-    given = [loader for loader in loaders if loader is not None]
-    if not given:
+    evaluation_loaders = [loader for loader in loaders if loader is not None]
+    if not evaluation_loaders:
         raise ValueError("there is nothing to evaluate on: give a test_loader, or a val_loader")
     model.to(device).to(memory_format=torch.channels_last)
-    for loader in given:
+    for loader in evaluation_loaders:
         check_loader("evaluation", loader)
         batch = first_batch(loader)
         classes = count_classes(model, check_batch(batch)[0], device, dtype)

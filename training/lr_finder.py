@@ -48,13 +48,13 @@ def read_finder(folder: Path) -> LRFinderResult | None:
     """
     path = folder / "lr_finder.json"
     try:
-        found = LRFinderResult(**json.loads(read_bytes(path)))
-        missing = {*RULES, "start"} - found.suggestions.keys()
+        finder = LRFinderResult(**json.loads(read_bytes(path)))
+        missing = {*RULES, "start"} - finder.suggestions.keys()
         if missing:
             raise ValueError(f"it lacks {', '.join(sorted(missing))}")
-        for name, values in asdict(found).items():
+        for name, values in asdict(finder).items():
             check_numbers(name, list(values.values()) if isinstance(values, dict) else values)
-        return found
+        return finder
     except FileNotFoundError:
         return None
     except (ValueError, TypeError, AttributeError, RecursionError) as error:

@@ -42,13 +42,13 @@ Krizhevsky's (*Learning multiple layers of features from tiny images*, 2009).
 def accuracies(path: Path, dataset: str, config: Config) -> str:
     """Test accuracy of a weights file in this machine's precision and in fp32, in words."""
     model, card = load_weights(path)
-    device, found = get_device(), []
+    device, phrases = get_device(), []
     _, loader = test_images(replace(config, dataset=dataset), card, device)
     for precision in ("auto", "fp32"):
         name = name_of(pick_precision(precision, device))
         stats = test(model, device, loader, precision=precision, tta=config.tta)
-        found.append(f"{stats.accuracy:.2%} in {name}")
-    return ", ".join(found)
+        phrases.append(f"{stats.accuracy:.2%} in {name}")
+    return ", ".join(phrases)
 
 
 def main() -> None:

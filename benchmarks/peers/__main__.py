@@ -73,21 +73,21 @@ def run_peer(name: str, folder: Path, flags: list[str]) -> dict:
 
 def available(names: list[str]) -> tuple[list[str], list[str]]:
     """The peers that can be had, and a line on each that cannot."""
-    found, lines = [], []
+    usable, lines = [], []
     for name in names:
         try:
             python_of(PEERS[name][1])
-            found.append(name)
+            usable.append(name)
         except (subprocess.CalledProcessError, OSError) as error:
             lines.append(f"{name} is left out: {error}")
-    return found, lines
+    return usable, lines
 
 
 def compare(
-    names: list[str], sizes: dict[str, int], device: torch.device, given: argparse.Namespace
+    names: list[str], sizes: dict[str, int], device: torch.device, args: argparse.Namespace
 ) -> dict[str, list[dict]]:
     """Every round's result of every peer."""
-    split = load_split("cifar10-sample" if given.smoke else "cifar10", "train")
+    split = load_split("cifar10-sample" if args.smoke else "cifar10", "train")
     options = sizes | {
         "workers": 2,
         "threads": torch.get_num_threads(),
@@ -104,32 +104,32 @@ def compare(
     with tempfile.TemporaryDirectory() as folder:
         np.save(Path(folder) / "images.npy", split.images)
         np.save(Path(folder) / "labels.npy", split.labels)
-        common.measure({name: functools.partial(rate, name) for name in names}, given.rounds)
+        common.measure({name: functools.partial(rate, name) for name in names}, args.rounds)
     return results
 
 
-def summarize(results: dict[str, list[dict]], sizes: dict[str, int], given: argparse.Namespace) -> dict:
+def summarize(results: dict[str, list[dict]], sizes: dict[str, int], args: argparse.Namespace) -> dict:
     """Rows and claims; every peer must have made the same number of updates."""
-    made = {name: found[0]["updates"] for name, found in results.items()}
+    made = {name: rounds[0]["updates"] for name, rounds in results.items()}
     if set(made.values()) != {sizes["steps"] + 1}:
         raise RuntimeError(f"the peers made different numbers of updates: {made}")
-    rates = {name: [one["rate"] for one in found] for name, found in results.items()}
+    rates = {name: [one["rate"] for one in rounds] for name, rounds in results.items()}
     rows = [
         common.make_row(
             name,
             rates[name],
-            version=found[0]["version"],
-            settings=found[0]["note"],
-            loss=f"{found[-1]['loss']:.3f}",
+            version=rounds[0]["version"],
+            settings=rounds[0]["note"],
+            loss=f"{rounds[-1]['loss']:.3f}",
         )
-        for name, found in results.items()
+        for name, rounds in results.items()
     ]
     claims = [
         common.make_claim(f"ours / {name}", common.ratios(rates["ours"], rates[name]), 1)
         for name in rates
         if name != "ours"
     ]
-    return common.make_result("peers", "images/s", rows, claims, given, **sizes)
+    return common.make_result("peers", "images/s", rows, claims, args, **sizes)
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -140,15 +140,15 @@ def main(argv: list[str] | None = None) -> None:
         "--only", nargs="+", choices=PEERS, default=list(PEERS), help="peers beside ours"
     )
     parser.add_argument("--device", default="cpu", help="cpu or cuda (default: cpu)")
-    given = parser.parse_args(argv)
-    sizes = {"width": 64, "batch": 512, "steps": given.steps}
-    if given.smoke:
+    args = parser.parse_args(argv)
+    sizes = {"width": 64, "batch": 512, "steps": args.steps}
+    if args.smoke:
         sizes = {"width": 4, "batch": 32, "steps": 2}
-    names, missing = available([name for name in PEERS if name in given.only or name == "ours"])
-    result = summarize(compare(names, sizes, get_device(given.device), given), sizes, given)
+    names, missing = available([name for name in PEERS if name in args.only or name == "ours"])
+    result = summarize(compare(names, sizes, get_device(args.device), args), sizes, args)
     loss = "loss: of the first 512 training images after the last step, by batch statistics"
     result["note"] = "; ".join([loss, *missing])
-    common.publish(result, given)
+    common.publish(result, args)
 
 
 if __name__ == "__main__":

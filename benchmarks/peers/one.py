@@ -25,11 +25,11 @@ def main() -> None:
         parser.add_argument(f"--{name}", type=int, required=True)
     parser.add_argument("--precision", required=True)
     parser.add_argument("--device", required=True)
-    given = vars(parser.parse_args())
-    torch.set_num_threads(given.pop("threads"))
-    name, folder = given.pop("name"), given["folder"]
+    options = vars(parser.parse_args())
+    torch.set_num_threads(options.pop("threads"))
+    name, folder = options.pop("name"), options["folder"]
     images, labels = np.load(folder / "images.npy"), np.load(folder / "labels.npy")
-    job = Job(images=images, labels=labels, **given | {"device": torch.device(given["device"])})
+    job = Job(images=images, labels=labels, **options | {"device": torch.device(options["device"])})
     model = importlib.import_module(f"benchmarks.peers.{name}").fit(job)
     version = metadata.version(name.removeprefix("with_")) if name.startswith("with_") else ""
     (folder / f"{name}.json").write_text(json.dumps(job.result(model) | {"version": version}))
