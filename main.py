@@ -19,7 +19,7 @@ from pathlib import Path
 import numpy as np
 
 from checkpoint import check_same_images
-from config import CHOICES, make_parser, parse_config
+from config import CHOICES, STORAGE_FIELDS, make_parser, parse_config
 from data import make_loaders
 from files import reason
 from models import MODELS
@@ -83,6 +83,10 @@ def train_command(argv: list[str]) -> None:
         f"       main.py COMMAND --help  {others}"
     )
     config = parse_config(argv, usage=usage)
+    flags = {word.partition("=")[0] for word in argv if word.startswith("--")}
+    storage = {f"--{name.replace('_', '-')}" for name in STORAGE_FIELDS}
+    if config.resume and flags <= storage and not Path(config.output or "", "config.json").exists():
+        raise ValueError(f"there is no run in {config.output} to resume; to begin one, name a --recipe")
     with signals_noted():
         with bad_input_refused():
             ready = prepare(config)

@@ -97,7 +97,7 @@ def told_apart(
         said.append(
             f"Found more often than {classes[worst]} ({recall[worst]:.1%}): {names[0]}. "
             f"Found less often than {classes[best]} ({recall[best]:.1%}): {names[1]}. "
-            "Other differences are within the intervals."
+            "Classes are compared here with the best and the worst alone."
         )
     elif len(judged) > 1:
         said.append("All differences between classes are within the intervals of so few images.")
@@ -212,7 +212,10 @@ def numbers(config: dict, shown: np.ndarray, files: Sequence[str] | None) -> str
 def cams_part(layers: dict[str, int]) -> tuple[str, ...]:
     """Grad-CAM of the mistakes, and what it can and cannot tell."""
     if not layers:
-        return ("No layer of this network has maps of 5 x 5 or more, so there is no Grad-CAM.",)
+        return (
+            "No part at the top of this network (a child of the model) has maps of 5 x 5 or more, so "
+            "there is no Grad-CAM here; `gradcam` takes the name of an inner layer.",
+        )
     sizes = ", ".join(f"{side} x {side} places at {name}" for name, side in layers.items())
     return (
         "Grad-CAM ([Selvaraju et al.](https://arxiv.org/abs/1610.02391)) shows where the features of a "

@@ -51,6 +51,14 @@ def test_a_run_resumes_by_its_folder_alone(finished, stopped):
     assert [row.test_loss for row in ours.epochs] == [row.test_loss for row in theirs.epochs]
 
 
+def test_a_folder_that_is_mistyped_is_refused_before_anything_is_fetched(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(run, "make_loaders", lambda *arguments: pytest.fail("the data was loaded"))
+    assert main.main(["--resume", "--output", str(tmp_path / "nope")]) == 2
+    printed = capsys.readouterr().err
+    assert "nope to resume; to begin one, name a --recipe" in printed and printed.count("\n") == 1
+    assert not (tmp_path / "nope").exists()
+
+
 def test_all_that_differs_from_the_run_is_named_at_once_and_nothing_is_fetched(
     stopped, monkeypatch, capsys
 ):

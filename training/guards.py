@@ -31,8 +31,8 @@ def skips_on_device(optimizer: torch.optim.Optimizer) -> bool:
 def check_finite(epoch_state: EpochState, scaler: torch.amp.GradScaler, lr: float | None = None) -> None:
     """Stop if a step of the epoch, or the one under way at rate `lr`, had a loss or gradient not finite.
 
-    In fp16 the scaler skips such an update and halves its scale, which is normal now and then; a scale
-    under one says that it will not recover.
+    In fp16 the scaler skips an update whose gradient overflows and halves its scale, which is normal now
+    and then; a scale under one says that it will not recover.
 
     Raises:
         FloatingPointError: the weights are those before that step.
