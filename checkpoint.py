@@ -59,7 +59,7 @@ def load_checkpoint(*folders: str | Path | None) -> dict | None:
     """The state of the newest whole checkpoint in some folders, or None if there is none.
 
     A damaged one is named, set aside as *.damaged, and passed over for the one before. One that cannot
-    be read now is passed over too, and stays as it is: training again from an older one gives the same.
+    be read now is passed over too, and left alone; from an older one training ends with the same bits.
     Tensors are on the CPU; nothing in a file can run.
 
     Raises:
@@ -94,7 +94,7 @@ def read_checkpoint(path: Path) -> dict:
 
     Raises:
         DamagedError: it does not.
-        ValueError: it does, and the file holds something that is never read.
+        ValueError: it does, but the file holds objects that are not loaded, as they could run code.
     """
     content = read_bytes(path)
     body, expected = content[:-DIGEST], content[-DIGEST:]
@@ -193,7 +193,9 @@ class Checkpoints:
         self.failure: OSError | None = None
         self.locked = False
         self.machine = {"device": device.type, **environment(device)}
-        if self.run is None or self.folder is None:  # both or neither
+        if (
+            self.run is None or self.folder is None
+        ):  # nothing is to be kept; one is None where the other is
             return self
         self.folder.mkdir(parents=True, exist_ok=True)
         self.locked = lock_folder(self.run)
@@ -361,7 +363,7 @@ def warn_of_another_machine(before: dict[str, str], now: dict[str, str]) -> None
 
 
 def check_same_training(before: dict, now: dict) -> None:
-    """Refuse to continue a training with other settings; those that a checkpoint lacks are ignored."""
+    """Refuse to continue a training with other settings; those that it lacks may differ."""
     for name, value in now.items():
         if before.get(name, value) != value:
             raise ValueError(

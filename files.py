@@ -72,14 +72,28 @@ class Mirror:
         self.folder, self.patience = Path(folder), patience
         self.identity: tuple[int, int] | None = None
         self.thread: threading.Thread | None = None
+        self.lock = threading.Lock()  # held while it is decided who writes what next
+        self.newest: tuple[str, bytes, Callable[[Path], None]] | None = None  # still to be written
 
     def copy(self, name: str, content: bytes, after: Callable[[Path], None]) -> None:
-        """Begin to write a file, then call `after` with its path; skipped while a copy is under way."""
-        if self.thread is not None and self.thread.is_alive():
-            print(f"warning: no copy of {name} in {self.folder}: it still writes the one before")
-            return
-        self.thread = threading.Thread(target=self.write, args=(name, content, after), daemon=True)
-        self.thread.start()
+        """Have a file written, then `after` called with its path; of files that wait, the newest."""
+        with self.lock:
+            if self.newest is not None:
+                print(f"warning: no copy of {self.newest[0]} in {self.folder}, which is slow")
+            self.newest = name, content, after
+            if self.thread is None:
+                self.thread = threading.Thread(target=self.write_all, daemon=True)
+                self.thread.start()
+
+    def write_all(self) -> None:
+        """Write what waits, until nothing does."""
+        while True:
+            with self.lock:
+                job, self.newest = self.newest, None
+                if job is None:
+                    self.thread = None
+                    return
+            self.write(*job)
 
     def write(self, name: str, content: bytes, after: Callable[[Path], None]) -> None:
         """Write one file; a failure is said in one line, and nothing more."""
@@ -96,10 +110,11 @@ class Mirror:
             print(f"warning: no copy of {name} in {self.folder}: {error.strerror or error}")
 
     def close(self) -> None:
-        """Wait for the copy that is under way, but not for ever."""
-        if self.thread is not None:
-            self.thread.join(self.patience)
-            if self.thread.is_alive():
+        """Wait until the newest copy is written, but not for ever."""
+        thread = self.thread
+        if thread is not None:
+            thread.join(self.patience)
+            if thread.is_alive():
                 print(f"warning: the last copy in {self.folder} was not ready in {self.patience:g} s")
 
 

@@ -85,7 +85,8 @@ def train_command(argv: list[str]) -> None:
     config = parse_config(argv, usage=usage)
     flags = {word.partition("=")[0] for word in argv if word.startswith("--")}
     storage = {f"--{name.replace('_', '-')}" for name in STORAGE_FIELDS}
-    if config.resume and flags <= storage and not Path(config.output or "", "config.json").exists():
+    known = config.mirror or Path(config.output or "", "config.json").exists()
+    if config.resume and flags <= storage and not known:
         raise ValueError(f"there is no run in {config.output} to resume; to begin one, name a --recipe")
     with signals_noted():
         with bad_input_refused():

@@ -107,7 +107,7 @@ def write_report(
     """Write report.md, the same as report.html, their figures and mistakes.csv into a run folder.
 
     Args:
-        folder: of a run; its config, history, summary and range test are read.
+        folder: of a run; its config, machine, history and range test are read.
         model: the trained network, for Grad-CAM.
         loaders: of the run, for sample and test images.
         predictions: of the test loader.

@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader
 from checkpoint import Checkpoints, check_same_images, check_same_run, load_checkpoint, read_files
 from config import MAY_DIFFER, Config
 from data import Loaders, dataset_of, make_loader, make_loaders
-from files import lock_folder, unlocked_after, unlocked_on_error, write_whole
+from files import lock_folder, read_bytes, unlocked_after, unlocked_on_error, write_whole
 from models import make_model
 from sources import load_split
 from sources.split import Split
@@ -54,8 +54,10 @@ def run(config: Config) -> Path:
     Raises:
         ValueError, OSError: the run cannot start; one line that says why.
         FloatingPointError: the loss became not finite; what the folder holds is from before.
+        Stopped: SIGINT or SIGTERM came.
     """
-    return execute(config, *prepare(config))
+    with unfailing_output(), signals_noted():
+        return execute(config, *prepare(config))
 
 
 def prepare(config: Config) -> tuple[torch.device, Loaders, nn.Module, torch.optim.Optimizer, Path]:
@@ -90,7 +92,7 @@ def open_run(config: Config, device: torch.device, loaders: Loaders, model: nn.M
     path = folder / "config.json"
     before = {}
     with contextlib.suppress(OSError, ValueError):  # absent or damaged: written anew below
-        before = json.loads(path.read_text(encoding="utf-8"))
+        before = json.loads(read_bytes(path))
     if not isinstance(before, dict):
         before = {}
     if any(before.get(name) != value for name, value in config.identity.items()):
@@ -145,11 +147,8 @@ def execute(
     optimizer: torch.optim.Optimizer,
     folder: Path,
 ) -> Path:
-    """Find the rate, train, and report, in a run folder that is open; then others may use it.
-
-    SIGINT and SIGTERM raise `Stopped`, whatever is under way.
-    """
-    with unfailing_output(), signals_noted(), unlocked_after(folder):
+    """Find the rate, train, and report, in a run folder that is open; then others may use it."""
+    with unlocked_after(folder):
         finder = None
         if config.lr is None:
             finder = range_test(config, device, loaders, model, optimizer, folder)
@@ -297,23 +296,21 @@ def read_runs(folders: list[str]) -> dict[str, tuple[Config, History, str]]:
         A dict from each run's folder name, or its path where two have the same name, to the three.
 
     Raises:
-        ValueError: fewer than two folders, or one that is no run folder or has no epoch yet.
+        ValueError: fewer than two of them are runs with an epoch; others are left out, and said to be.
     """
-    paths, faults = [], []
-    for path in dict.fromkeys(map(Path, folders)):
+    finished, faults = {}, []
+    for path in map(Path, folders):
         try:
-            read_files(path, "config.json", "history.json")
-            paths.append(path)
+            finished[path] = read_files(path, "config.json", "history.json")
         except ValueError as error:
             faults.append(str(error))
-    if len(paths) < 2:
-        raise ValueError("; ".join([f"compare needs two runs or more, not {len(paths)}", *faults]))
+    if len(finished) < 2:
+        raise ValueError("; ".join([f"compare needs two runs or more, not {len(finished)}", *faults]))
     for fault in faults:
         print(f"left out: {fault}")
-    names = [path.resolve().name for path in paths]
+    names = [path.resolve().name for path in finished]
     runs = {}
-    for path, name in zip(paths, names, strict=True):
-        config, history = read_files(path, "config.json", "history.json")
+    for (path, (config, history)), name in zip(finished.items(), names, strict=True):
         parameters = "?"
         with contextlib.suppress(ValueError):  # curves can be compared without the weights
             parameters = f"{sum(p.numel() for p in load_weights(path)[0].parameters()):,}"

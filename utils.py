@@ -24,7 +24,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from files import write_whole
+from files import read_bytes, write_whole
 
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -198,7 +198,7 @@ class History:
         Raises:
             OSError, ValueError, KeyError, TypeError: there is none, or it is something else.
         """
-        stored = json.loads((folder / "history.json").read_text(encoding="utf-8"))
+        stored = json.loads(read_bytes(folder / "history.json"))
         epochs = [Epoch(**row) for row in stored["epochs"]]
         for number, row in enumerate(epochs, 1):
             check_numbers(f"what epoch {number} measured", row.measured())
@@ -231,7 +231,7 @@ def plain_state(value: Any, where: str) -> Any:
         return value
     if isinstance(value, np.generic):
         return value.item()
-    if isinstance(value, np.ndarray):
+    if isinstance(value, np.ndarray) and value.dtype.kind in "biufc":  # numbers
         return torch.from_numpy(value.copy())
     if type(value) in (bool, int, float, complex, str, bytes):
         return value
@@ -246,6 +246,13 @@ def plain_state(value: Any, where: str) -> Any:
         same = all(new is old for new, old in zip(items.values(), value.values(), strict=True))
         return value if same and type(value) in (dict, OrderedDict, Counter) else items
     raise ValueError(f"{where} is a {type(value).__name__}, which no checkpoint can hold: make it plain")
+
+
+def inner_model(model: nn.Module) -> nn.Module:
+    """The model inside a compiled or parallel one, or the model itself."""
+    model = getattr(model, "_orig_mod", model)
+    parallel = nn.DataParallel | nn.parallel.DistributedDataParallel
+    return model.module if isinstance(model, parallel) else model
 
 
 def get_device(name: str = "auto") -> torch.device:

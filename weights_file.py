@@ -12,7 +12,7 @@ from torch import nn
 
 from files import write_whole
 from models import MODELS, make_model
-from utils import check_numbers, nearest, plain_state
+from utils import check_numbers, inner_model, nearest, plain_state
 
 DEFAULT_WEIGHTS = "custom_resnet"  # the weights that a command takes if none are named
 SHIPPED = Path(__file__).parent / "weights"
@@ -41,12 +41,10 @@ def weights_content(model: nn.Module, card: dict) -> bytes:
     Raises:
         ValueError: as in `save_weights`.
     """
-    if isinstance(model, nn.DataParallel | nn.parallel.DistributedDataParallel):
-        model = model.module
     # Compiled modules give names a prefix. Tied weights are written as often as they occur.
     tensors = {
         name.replace("_orig_mod.", ""): tensor.detach().cpu().contiguous().clone()
-        for name, tensor in model.state_dict().items()
+        for name, tensor in inner_model(model).state_dict().items()
     }
     card = plain_state(card, "the card")
     try:

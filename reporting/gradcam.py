@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from training.inputs import count_classes
 from training.optim import copy_of
-from utils import nearest
+from utils import inner_model, nearest
 
 SMALLEST_MAP = 5  # pixels: a class activation map under 5 x 5 shows where nothing is
 COLOURS = "plasma"  # from blue to yellow: none of its colours is a grey, on which it lies
@@ -55,8 +55,7 @@ def inner_copy(model: nn.Module) -> nn.Module:
     Raises:
         ValueError: it cannot be copied.
     """
-    inner = getattr(model, "_orig_mod", model)
-    inner = inner.module if isinstance(inner, nn.DataParallel) else inner
+    inner = inner_model(model)
     with torch.inference_mode(False):
         return copy_of(inner, inner)
 

@@ -59,8 +59,8 @@ def kind_of(start: bytes) -> str:
 def count_scans(content: bytes) -> int:
     """How many scans a decoder of this JPEG would meet; thumbnails and what follows do not count."""
     scans, place = 0, 2
-    while found := MARKER.search(content, place):
-        place, code = found.end(), found[1][0]
+    while marker := MARKER.search(content, place):
+        place, code = marker.end(), marker[1][0]
         if code == 0xD9:  # the end of the image
             break
         if 0xD0 <= code <= 0xD8 or code == 0x01:  # these have no length

@@ -309,8 +309,26 @@ def test_a_mirror_that_hangs_holds_nobody_up(sample, uninterrupted, tmp_path, mo
         save_checkpoint(tmp_path / "run", {"step": step}, step, mirror)
     mirror.close()
     assert time.monotonic() - before < 2
-    printed = capsys.readouterr().out
-    assert "warning: no copy of step-00000002.ckpt" in printed and "was not ready in 0.1 s" in printed
+    assert "was not ready in 0.1 s" in capsys.readouterr().out
+    mirror.patience = 30
+    mirror.close()
+    assert (tmp_path / "drive" / "step-00000002.ckpt").exists()
+
+
+def test_a_slow_mirror_has_the_newest_checkpoint_at_last(tmp_path, monkeypatch):
+    write = files.write_whole
+
+    def slow(path, content):
+        if Path(path).parent == tmp_path / "drive":
+            time.sleep(0.3)
+        write(path, content)
+
+    monkeypatch.setattr(files, "write_whole", slow)
+    mirror = Mirror(tmp_path / "drive")
+    for step in range(1, 6):
+        save_checkpoint(tmp_path / "run", {"step": step}, step, mirror)
+    mirror.close()
+    assert load_checkpoint(tmp_path / "drive") == {"step": 5}
 
 
 def test_a_folder_that_takes_the_mirrors_name_later_gets_no_copies(tmp_path, capsys):
@@ -347,7 +365,7 @@ def test_numbers_of_numpy_in_a_run_are_kept_as_plain_ones_and_resumed(sample, tm
 
 @pytest.mark.parametrize("odd", [Path("x"), slice(1), lambda: 0, np.array([Path("x")])])
 def test_state_that_no_checkpoint_can_hold_is_refused_by_its_place(tmp_path, odd):
-    with pytest.raises((ValueError, TypeError), match=r"the state.parts.scheduler\[1\]|object"):
+    with pytest.raises(ValueError, match=r"the state.parts.scheduler\[1\] is a \w+, which no"):
         save_checkpoint(tmp_path, {"parts": {"scheduler": [1, odd]}}, 1)
     assert not list(tmp_path.glob("*.ckpt"))
 

@@ -45,6 +45,22 @@ def run(content, format, images):
 
 
 @pytest.mark.slow
+def test_a_run_with_mirror_images_is_exported_with_them(format, sample, tmp_path):
+    torch.manual_seed(0)
+    model = models.make_model("custom_resnet", width=4).eval()
+    card = make_card() | {"config": {"tta": True}}
+    export.export_model(tmp_path / "there", model, card, format, sample.images[:5])
+    inputs = normalize(sample.images[:5])
+    with torch.no_grad():
+        plain = model(inputs).numpy()
+        expected = (plain + model(inputs.flip(-1)).numpy()) / 2
+    answer = run((tmp_path / "there").read_bytes(), format, sample.images[:5])
+    np.testing.assert_allclose(answer, expected, atol=1e-4, rtol=0)
+    assert np.abs(answer - plain).max() > 1e-3
+    assert export.metadata_of(card)["mirror images"] == "averaged inside"
+
+
+@pytest.mark.slow
 def test_an_exported_network_takes_pixels_and_answers_as_the_model_does(format, sample, tmp_path):
     torch.manual_seed(0)
     model = models.make_model("resnet18", width=8)

@@ -59,6 +59,23 @@ def test_a_folder_that_is_mistyped_is_refused_before_anything_is_fetched(tmp_pat
     assert not (tmp_path / "nope").exists()
 
 
+def test_a_run_of_which_the_mirror_alone_is_left_resumes_without_other_flags(tmp_path, monkeypatch):
+    started = []
+    monkeypatch.setattr(main, "prepare", lambda config: started.append(config) or [])
+    monkeypatch.setattr(main, "execute", lambda config: None)
+    flags = ["--resume", "--output", str(tmp_path / "new"), "--mirror", str(tmp_path / "drive")]
+    assert main.main(flags) == 0 and len(started) == 1
+
+
+@pytest.mark.parametrize("name", ["config.json", "environment.json"])
+def test_a_pipe_in_the_place_of_a_file_of_a_run_is_not_waited_for(tmp_path, name):
+    (tmp_path / "r").mkdir()
+    os.mkfifo(tmp_path / "r" / name)
+    flags = ["--lr", "0.01", "--epochs", "1", "--output", str(tmp_path / "r")]
+    assert main.main([*SMALL, *flags]) == 0
+    assert json.loads((tmp_path / "r" / name).read_text())
+
+
 def test_all_that_differs_from_the_run_is_named_at_once_and_nothing_is_fetched(
     stopped, monkeypatch, capsys
 ):

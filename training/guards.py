@@ -16,7 +16,7 @@ from torch import nn
 
 from utils import EpochState, Stats
 
-LR_HINT = "a lower --lr may help, or --precision fp32 where it is not"
+LR_HINT = "a lower --lr may help, or --precision fp32 if the run used another"
 
 
 def skips_on_device(optimizer: torch.optim.Optimizer) -> bool:
@@ -40,7 +40,7 @@ def check_finite(epoch_state: EpochState, scaler: torch.amp.GradScaler, lr: floa
     loss, _, finite = epoch_state.totals.tolist()
     if finite < epoch_state.steps + (lr is not None):
         what = "gradient's norm" if math.isfinite(loss) else "loss"
-        on_gpu = epoch_state.totals.device.type != "cpu"  # where labels are looked at without waiting
+        on_gpu = epoch_state.totals.device.type != "cpu"  # a negative label counts as not finite there
         fault = f"the {what} is not finite" + ", or a label is negative," * on_gpu
     elif scaler.is_enabled() and scaler.get_scale() < 1:
         finite, fault = epoch_state.steps - (lr is None), "the gradient in fp16 keeps overflowing"
@@ -55,8 +55,8 @@ def check_finite(epoch_state: EpochState, scaler: torch.amp.GradScaler, lr: floa
 def statistics_kept_finite(model: nn.Module) -> Iterator[None]:
     """Where a loss that is not finite spoiled a norm's running statistics, put the earlier ones back.
 
-    The weights are left out of such an update, but the forward pass before it has moved the statistics,
-    and a network whose statistics are NaN cannot be evaluated.
+    Such an update leaves the weights as they are, but the forward pass before it has moved the
+    statistics, and a network whose statistics are NaN cannot be evaluated.
     """
     before = [(x, x.clone()) for x in model.buffers() if x.is_floating_point()]
     try:
@@ -111,7 +111,7 @@ class Signals:
         self.depth, self.since = 0, 0.0
         self.number: int | None = None
         self.waiting = False  # for a batch
-        self.alarm = threading.Timer(0, int)  # sends a deferred signal again, once started
+        self.alarm: threading.Timer | None = None  # sends a deferred signal again
 
     def handle(self, number: int, frame: FrameType | None) -> None:
         """Raise `Stopped`, or note it for the end of what must not be interrupted."""
@@ -132,7 +132,7 @@ class Signals:
         elif self.waiting:
             self.raise_noted()
         elif number == signal.SIGINT and now - self.since > 1:
-            raise KeyboardInterrupt  # asked twice: at once, and without a checkpoint of half an update
+            raise KeyboardInterrupt  # a second Ctrl-C ends the run at once, without a checkpoint
 
     @contextlib.contextmanager
     def held(self) -> Iterator[None]:
@@ -143,7 +143,7 @@ class Signals:
         except RuntimeError:
             if self.number is None:
                 raise
-            # A worker process got the signal too, and was missed before the update.
+            # A worker process got the signal too and ended, which PyTorch has noticed during the update.
         finally:
             self.depth -= 1
         if not self.depth:
@@ -167,7 +167,8 @@ class Signals:
                     raise
             finally:
                 self.waiting = False
-                self.alarm.cancel()
+                if self.alarm is not None:
+                    self.alarm.cancel()
             self.raise_noted()
             if batch is self:
                 return

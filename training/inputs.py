@@ -12,9 +12,9 @@ from torch.optim.lr_scheduler import ReduceLROnPlateau
 from torch.utils.data import Dataset, RandomSampler, WeightedRandomSampler
 
 from data import BatchLoader, EpochSampler, random_state, set_random_state
-from utils import autocast, random_state_kept
+from utils import autocast, inner_model, random_state_kept
 
-# What a schedule calls the number of its steps, or of those between two of its changes.
+# Settings of PyTorch's schedulers that count steps, and that are too small where epochs were counted.
 HORIZONS = ("T_max", "T_0", "step_size", "total_iters", "milestones")
 
 
@@ -39,7 +39,7 @@ def check_loader(name: str, loader: Any) -> None:
         raise ValueError(f"the {name} loader ({kind}) ends after one pass: give a DataLoader, or a list")
     if not hasattr(loader, "__iter__"):
         raise ValueError(f"the {name} loader must yield (images, labels), and a {kind} yields nothing")
-    if isinstance(loader, Sized) and length_of(loader) == 0:
+    if length_of(loader) == 0:
         raise ValueError(
             f"the {name} loader has no batch: are there fewer images than a batch, and drop_last=True?"
         )
@@ -94,7 +94,7 @@ def check_steps_left(scheduler: Any, loader: BatchLoader, epochs: int, done: int
     if scheduler is None or length is None:
         return
     steps, kind = length * epochs, type(scheduler).__name__
-    # OneCycleLR's rate after its `total_steps` is negative: it is for one step less.
+    # Of `total_steps` the last must not be taken: OneCycleLR's rate would be negative after it.
     left = getattr(scheduler, "total_steps", math.inf) - 1 - getattr(scheduler, "last_epoch", 0)
     if left < steps - done - 1:
         raise ValueError(
@@ -112,13 +112,9 @@ def check_steps_left(scheduler: Any, loader: BatchLoader, epochs: int, done: int
 
 
 def check_training(
-    model: Any,
-    train_loader: Any,
-    optimizer: torch.optim.Optimizer,
-    scheduler: Any = None,
-    epochs: int = 1,
+    model: Any, train_loader: Any, optimizer: torch.optim.Optimizer, scheduler: Any = None
 ) -> None:
-    """The door of every function that trains.
+    """Refuse what cannot be trained; called first by every function that trains.
 
     Raises:
         ValueError: one line that names what does not fit, and the cure.
@@ -127,7 +123,6 @@ def check_training(
     check_loader("training", train_loader)
     check_optimizer(optimizer, model)
     check_scheduler(scheduler, optimizer)
-    check_steps_left(scheduler, train_loader, epochs)
 
 
 def check_model(model: Any) -> None:
@@ -177,8 +172,7 @@ def check_batch(batch: Any, classes: int | None = None) -> tuple[Tensor, Tensor]
         classes: that the model knows; None: not known yet.
 
     Raises:
-        ValueError: it is no pair, or has wrong types or shapes, or a label that is no class. The values
-            of labels on a GPU are not looked at, which would make it wait.
+        ValueError: it is no pair, or has wrong types or shapes, or a label that is no class.
     """
     if not isinstance(batch, (tuple, list)) or len(batch) != 2:
         size = f" of {len(batch)}" if isinstance(batch, Sized) else ""
@@ -188,13 +182,12 @@ def check_batch(batch: Any, classes: int | None = None) -> tuple[Tensor, Tensor]
         kinds = f"{type(images).__name__} and {type(labels).__name__}"
         raise ValueError(f"a batch must be two tensors (images, labels), not {kinds}")
     kinds = f"{images.dtype} {tuple(images.shape)} and {labels.dtype} {tuple(labels.shape)}"
-    if images.dtype not in (torch.float32, torch.float16, torch.bfloat16) or images.dim() != 4:
-        raise ValueError(f"a batch must be float32 (N, C, H, W) and int64 (N,), not {kinds}")
-    if labels.dtype != torch.int64:
+    floats = (torch.float32, torch.float16, torch.bfloat16)
+    if images.dtype not in floats or images.dim() != 4 or labels.dtype != torch.int64:
         raise ValueError(f"a batch must be float32 (N, C, H, W) and int64 (N,), not {kinds}")
     if labels.shape != images.shape[:1] or not len(labels):
         raise ValueError(f"a batch needs one label an image, and an image, not {kinds}")
-    if classes is not None and labels.device.type == "cpu":
+    if classes is not None:
         check_labels(labels, classes)
     return images, labels
 
@@ -202,9 +195,13 @@ def check_batch(batch: Any, classes: int | None = None) -> tuple[Tensor, Tensor]
 def check_labels(labels: Tensor, classes: int) -> None:
     """Refuse labels that are no class; cross-entropy would silently leave out one of -100.
 
+    Labels on a GPU are not looked at, which would make it wait.
+
     Raises:
         ValueError: the least or greatest label is named.
     """
+    if labels.device.type != "cpu":
+        return
     low, high = (int(x) for x in labels.aminmax())
     if low < 0 or high >= classes:
         raise ValueError(f"labels must be 0 to {classes - 1}, not {low} to {high}")
@@ -217,7 +214,7 @@ def count_classes(model: nn.Module, images: Tensor, device: torch.device, dtype:
         ValueError: it does not return logits (N, K); the message says what it returns.
     """
     images = images[:2].to(device)
-    plain = getattr(model, "_orig_mod", model)  # a compiled model would be compiled anew for this batch
+    plain = inner_model(model)  # a compiled model would be compiled anew for this batch
     with evaluation_mode(plain), torch.no_grad(), autocast(device, dtype), random_state_kept(device):
         try:
             logits = plain(images)
@@ -252,8 +249,7 @@ def check_evaluation(model: nn.Module, device: torch.device, dtype: torch.dtype,
         The number of classes that the model tells apart.
 
     Raises:
-        ValueError: no loader is given (None is none), or one, its batch or the answer is not what it
-            must be.
+        ValueError: all loaders are None; or a loader, its batch, or the model's answer cannot be used.
     """
     evaluation_loaders = [loader for loader in loaders if loader is not None]
     if not evaluation_loaders:
@@ -268,7 +264,7 @@ def check_evaluation(model: nn.Module, device: torch.device, dtype: torch.dtype,
 
 
 def first_batch(loader: BatchLoader) -> Any:
-    """The first batch of a loader, which then stands where it stood, as do the global generators.
+    """The first batch of a loader. The loader's next pass and the global generators are as before.
 
     Raises:
         ValueError: there is none.
@@ -280,7 +276,7 @@ def first_batch(loader: BatchLoader) -> Any:
     if isinstance(sampler, EpochSampler) and epoch is not None:
         sampler.set_epoch(*epoch)
     if batch is None:
-        raise ValueError("the evaluation loader has no batch")
+        raise ValueError("the loader has no batch")
     return batch
 
 
@@ -297,13 +293,17 @@ def evaluation_mode(model: nn.Module) -> Iterator[None]:
 
 
 def training_mode(model: nn.Module) -> None:
-    """Put a model into training mode, unless it is: what its caller has frozen in it stays frozen."""
+    """Put a model into training mode.
+
+    A model that is in training mode already is left as it is, so that modules in it which its caller
+    has put into evaluation mode, such as frozen norms, stay there.
+    """
     if not model.training:
         model.train()
 
 
 def warn_if_shuffled(loader: Any) -> None:
-    """Say that another pass over a loader has another order, so that the two do not belong together."""
+    """Warn if a loader shuffles: images from another pass over it do not belong to these predictions."""
     sampler = getattr(loader, "sampler", None)
     if isinstance(sampler, RandomSampler | WeightedRandomSampler):
         print("warning: the loader shuffles: predictions are in the order of this pass, no other has it")

@@ -28,6 +28,7 @@ from training.guards import (
 from training.inputs import (
     check_batch,
     check_evaluation,
+    check_labels,
     check_loader,
     check_logits,
     check_model,
@@ -133,6 +134,7 @@ def train(  # noqa: PLR0913
     device = torch.device(device)
     settings = make_settings(device, precision, label_smoothing, seed)
     check_training(model, train_loader, optimizer, scheduler)
+    check_steps_left(scheduler, train_loader, 1)
     state = TrainState(model, optimizer, scheduler, make_scaler(device, settings.precision))
     epoch_state = EpochState.of(start_epoch(train_loader, epoch), device)
     with statistics_kept_finite(model):
@@ -198,13 +200,20 @@ def train_step(
     epoch_state: EpochState,
     settings: TrainSettings,
 ) -> None:
-    """One update, added to `epoch_state`; none if loss or gradient is not finite, now or before."""
+    """One update, whose loss and hits are added to `epoch_state`.
+
+    There is none if the loss or the gradient is not finite, in this step or in an earlier one of the
+    epoch. In fp16 the gradient scaler leaves it out. Elsewhere the run stops here (`check_finite`); on a
+    GPU, which must not be waited for, the optimizer is told by `found_inf`, and the run stops at the
+    end of the epoch.
+    """
     optimizer, scaler = state.optimizer, state.scaler
     optimizer.zero_grad(set_to_none=True)
     with autocast(images.device, settings.precision):
         logits = forward(images)
         loss = F.cross_entropy(logits, labels, label_smoothing=settings.label_smoothing)
-    finite = torch.isfinite(loss.detach()) & (epoch_state.totals[2] == epoch_state.steps)
+    all_before = epoch_state.totals[2] == epoch_state.steps  # totals[2] counts the finite steps
+    finite = torch.isfinite(loss.detach()) & all_before
     if labels.device.type != "cpu":  # without waiting: cross-entropy leaves out a label of -100
         finite = finite & (labels >= 0).all()
     if scaler.is_enabled():  # it looks at gradients alone, so make them NaN where the loss is not finite
@@ -222,7 +231,7 @@ def train_step(
     elif not scaler.is_enabled():
         vars(optimizer)["found_inf"] = 1 - sums[2]
     scaler.step(optimizer)
-    vars(optimizer).pop("found_inf", None)  # which would stop whoever uses the optimizer next
+    vars(optimizer).pop("found_inf", None)  # left there, it would stop the optimizer's next user
     scaler.update()
 
 
@@ -278,11 +287,14 @@ def forward_all(
     targets: list[Tensor] = []
     with evaluation_mode(model), torch.inference_mode(), autocast(device, dtype):
         for batch in loader:
-            if not logits:
-                classes = count_classes(model, check_batch(batch)[0], device, dtype)
-            images, labels = to_device(*check_batch(batch, classes), device)
+            images, labels = to_device(*check_batch(batch), device)
             views = [images, images.flip(-1)] if tta else [images]
-            answers = [check_logits(model(view), len(labels)).float() for view in views]
+            try:
+                answers = [check_logits(model(view), len(labels)).float() for view in views]
+            except (TypeError, ValueError, RuntimeError):
+                count_classes(model, images, device, dtype)  # which says in one line what is wrong
+                raise
+            check_labels(batch[1], answers[0].shape[1])
             logits.append(torch.stack(answers).mean(0))
             targets.append(labels)
     if not logits:
@@ -311,8 +323,8 @@ def fit_model(  # noqa: PLR0913
     """Train for some epochs, evaluate after each, print one table row for each.
 
     Args:
-        train_loader: epochs count from 1, so a second call sees the batches of the first again; for
-            others, give its dataset another seed.
+        train_loader: of `make_loader`'s loaders the first epoch is 1 in each call, so that a second
+            call trains on the same batches; a `Config` of another seed makes a loader of others.
         test_loader: evaluated after each epoch; None where there is a `val_loader`.
         scheduler: stepped after every batch.
         ema_decay: of an exponential moving average (EMA) of the weights, such as 0.99. The average is
@@ -339,7 +351,9 @@ def fit_model(  # noqa: PLR0913
     settings = make_settings(device, precision, label_smoothing, seed, compile)
     if not isinstance(checkpoints, Checkpoints):
         checkpoints = Checkpoints(checkpoints)
-    check_training(model, train_loader, optimizer, None if checkpoints.resume else scheduler, epochs)
+    check_training(model, train_loader, optimizer, scheduler)
+    if not checkpoints.resume:  # which brings the schedule's own state
+        check_steps_left(scheduler, train_loader, epochs)
     check_evaluation(model, device, settings.precision, val_loader, test_loader)
     ema_model = ema_copy(model) if ema_decay else None
     state = TrainState(model, optimizer, scheduler, make_scaler(device, settings.precision), ema_model)
@@ -355,7 +369,8 @@ def fit_model(  # noqa: PLR0913
         averaging(optimizer, model, state.evaluated, ema_decay, lambda: checkpoints.steps),
     ):
         try:
-            check_steps_left(scheduler, train_loader, epochs, checkpoints.steps)
+            if checkpoints.resume:
+                check_steps_left(scheduler, train_loader, epochs, checkpoints.steps)
             while (epoch_state := checkpoints.epoch_state).epoch <= epochs:
                 start, last = time.perf_counter() - epoch_state.seconds, epoch_state.epoch == epochs
                 train_epoch(state, device, train_loader, checkpoints, settings, signals)
