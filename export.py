@@ -14,7 +14,7 @@ from torch import nn
 
 from files import write_whole
 from transforms import normalize
-from utils import choose
+from utils import choose, six_views
 
 FORMATS = {"onnx": ".onnx", "torch": ".pt2"}
 ONNX_PACKAGES = ("onnx", "onnxscript", "onnxruntime")
@@ -29,7 +29,7 @@ class PixelsToLogits(nn.Module):
     Args:
         model: takes normalised images; is put into evaluation mode.
         mean, std: of the normalisation, for pixels from 0 to 1.
-        mirrored: answer with the mean logits of each image and its mirror image.
+        tta: answer with the mean logits of six views of each image, as in `utils.six_views`.
 
     Shape:
         uint8 (N, H, W, 3), RGB, as decoders return it -> logits float32 (N, K).
@@ -38,11 +38,9 @@ class PixelsToLogits(nn.Module):
     mean: torch.Tensor
     std: torch.Tensor
 
-    def __init__(
-        self, model: nn.Module, mean: Sequence[float], std: Sequence[float], mirrored: bool = False
-    ):
+    def __init__(self, model: nn.Module, mean: Sequence[float], std: Sequence[float], tta: bool = False):
         super().__init__()
-        self.model, self.mirrored = model, mirrored
+        self.model, self.tta = model, tta
         self.register_buffer("mean", torch.tensor(mean, dtype=torch.float32).view(-1, 1, 1))
         self.register_buffer("std", torch.tensor(std, dtype=torch.float32).view(-1, 1, 1))
         self.eval()
@@ -51,9 +49,7 @@ class PixelsToLogits(nn.Module):
         """Scale to 0..1, normalise, classify."""
         pixels = images.permute(0, 3, 1, 2).float() / 255
         inputs = (pixels - self.mean) / self.std
-        if not self.mirrored:
-            return self.model(inputs)
-        return (self.model(inputs) + self.model(inputs.flip(-1))) / 2
+        return mean_logits(self.model, inputs, self.tta)
 
 
 def export_model(
@@ -80,17 +76,15 @@ def export_model(
         OSError: the file could not be written.
     """
     choose("format", format, FORMATS)
-    mirrored = bool(card.get("config", {}).get("tta"))
-    network = PixelsToLogits(model, card["mean"], card["std"], mirrored)
+    tta = bool(card.get("config", {}).get("tta"))
+    network = PixelsToLogits(model, card["mean"], card["std"], tta)
     to_bytes, to_function = (onnx_bytes, run_onnx) if format == "onnx" else (torch_bytes, run_torch)
     example = torch.zeros(2, *images.shape[1:], dtype=torch.uint8)
     content = to_bytes(network, example, metadata_of(card))
     answer = to_function(content)
     with torch.inference_mode():
         inputs = normalize(images, card["mean"], card["std"])
-        expected = model(inputs).numpy()
-        if mirrored:
-            expected = (expected + model(inputs.flip(-1)).numpy()) / 2
+        expected = mean_logits(model, inputs, tta).numpy()
     batches = np.split(images, np.cumsum(BATCHES))
     logits = np.concatenate([answer(batch) for batch in batches])
     difference = float(np.abs(logits - expected).max())
@@ -102,6 +96,12 @@ def export_model(
     return difference
 
 
+def mean_logits(model: nn.Module, inputs: torch.Tensor, tta: bool) -> torch.Tensor:
+    """Logits of images, with `tta` the mean over six views of each."""
+    views = six_views(inputs) if tta else [(1.0, inputs)]
+    return torch.stack([share * model(view) for share, view in views]).sum(0)
+
+
 def metadata_of(card: dict) -> dict[str, str]:
     """What the user of an exported network needs to know; lists are JSON."""
     size = card["image_size"]
@@ -109,7 +109,7 @@ def metadata_of(card: dict) -> dict[str, str]:
         "model": card["model"],
         "classes": json.dumps(card["classes"]),
         "input": f"images: uint8 (N, {size}, {size}, 3), RGB; the normalisation is inside",
-        "mirror images": "averaged inside" if card.get("config", {}).get("tta") else "not used",
+        "six views": "averaged inside" if card.get("config", {}).get("tta") else "not used",
         "output": f"logits: float32 (N, {len(card['classes'])}); softmax makes them probabilities",
     }
 

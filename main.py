@@ -124,7 +124,7 @@ def test_command(argv: list[str]) -> None:
     if not args.run:
         print(f"weights {args.weights}, {config.dataset} in {config.data}")
     stats = test(model, device, loader, precision=config.precision, tta=config.tta)
-    images = f"{len(split):,} images" + ", each with its mirror image" * config.tta
+    images = f"{len(split):,} images" + ", six views of each" * config.tta
     number = name_of(pick_precision(config.precision, device))
     print(f"test loss {stats.loss:.4f}, accuracy {stats.accuracy:.2%} of {images}, in {number}")
 

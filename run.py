@@ -261,7 +261,7 @@ def report_run(
 
     predictions = predict(model, device, loaders.test, precision=config.precision, tta=config.tta)
     path = write_report(folder, model, loaders, predictions)
-    images = f"{len(predictions.labels):,} images" + ", each with its mirror image" * config.tta
+    images = f"{len(predictions.labels):,} images" + ", six views of each" * config.tta
     print(f"test accuracy {predictions.accuracy:.2%} of {images}")
     print(f"report {path}")
     print(f"the same with its figures in one file: {path.with_suffix('.html')}")

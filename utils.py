@@ -22,7 +22,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from files import read_bytes, write_whole
 
@@ -322,6 +322,18 @@ def name_of(dtype: torch.dtype) -> str:
 def autocast(device: torch.device, dtype: torch.dtype) -> torch.autocast:
     """The context of a forward pass in `dtype`; float32 leaves everything as it is."""
     return torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32)
+
+
+def six_views(images: Tensor) -> list[tuple[float, Tensor]]:
+    """The views of images (N, C, H, W) whose logits `tta` averages, each with its share.
+
+    They are the image and its mirror image, each as it is and moved along the diagonal by a pixel in
+    either direction, with a reflected border, as in airbench (Keller Jordan, arXiv 2404.00498). Those
+    that are not moved have half of the weight.
+    """
+    padded = nn.functional.pad(images, (1, 1, 1, 1), mode="reflect")
+    placed = [(1 / 4, images), (1 / 8, padded[..., :-2, :-2]), (1 / 8, padded[..., 2:, 2:])]
+    return [(share, view) for share, place in placed for view in (place, place.flip(-1))]
 
 
 def make_scaler(device: torch.device, dtype: torch.dtype) -> torch.amp.GradScaler:

@@ -194,7 +194,9 @@ def render(records: list[dict]) -> str:
     rows = []
     for record in records:
         deviation = "" if record["deviation"] is None else f" ± {100 * record['deviation']:.2f}"
-        views = ", each image with its mirror image" if record["tta"] else ""
+        # An earlier record averaged each image with its mirror image alone.
+        mirror = ", each image with its mirror image"
+        views = {False: "", True: ", six views of each image", "mirror": mirror}[record["tta"]]
         width = "" if record["width"] == 64 else f", width {record['width']}"
         rows.append(
             [

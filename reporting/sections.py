@@ -120,7 +120,10 @@ def how_evaluated(config: dict) -> list[str]:
             f"which keeps {config['ema_decay']:g} of itself at each step."
         )
     if config["tta"]:
-        said.append("The logits of each image and of its mirror image are averaged, after every epoch.")
+        said.append(
+            "The last epoch is evaluated by the mean logits of six views of each image: as it is and "
+            "moved by a pixel in two directions, each with its mirror image. Earlier epochs are not."
+        )
     return said
 
 

@@ -8,6 +8,7 @@ import torch
 import export
 import main
 import models
+import utils
 from sources.cifar10 import CLASSES
 from transforms import CIFAR10_MEAN, CIFAR10_STD, normalize
 from weights_file import save_weights
@@ -45,7 +46,7 @@ def run(content, format, images):
 
 
 @pytest.mark.slow
-def test_a_run_with_mirror_images_is_exported_with_them(format, sample, tmp_path):
+def test_a_run_judged_by_six_views_is_exported_with_them(format, sample, tmp_path):
     torch.manual_seed(0)
     model = models.make_model("custom_resnet", width=4).eval()
     card = make_card() | {"config": {"tta": True}}
@@ -53,11 +54,11 @@ def test_a_run_with_mirror_images_is_exported_with_them(format, sample, tmp_path
     inputs = normalize(sample.images[:5])
     with torch.no_grad():
         plain = model(inputs).numpy()
-        expected = (plain + model(inputs.flip(-1)).numpy()) / 2
+        expected = sum(share * model(view) for share, view in utils.six_views(inputs)).numpy()
     answer = run((tmp_path / "there").read_bytes(), format, sample.images[:5])
     np.testing.assert_allclose(answer, expected, atol=1e-4, rtol=0)
     assert np.abs(answer - plain).max() > 1e-3
-    assert export.metadata_of(card)["mirror images"] == "averaged inside"
+    assert export.metadata_of(card)["six views"] == "averaged inside"
 
 
 @pytest.mark.slow

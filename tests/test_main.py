@@ -313,12 +313,12 @@ def test_train_loss_is_per_image_when_the_last_batch_is_short():
     assert stats.loss == pytest.approx(expected, rel=1e-5)
 
 
-def test_tta_averages_the_logits_of_an_image_and_its_mirror_image(loaders):
+def test_tta_averages_the_logits_of_six_views_of_each_image(loaders):
     model, _ = build()
     images = torch.cat([batch for batch, _ in loaders[1]])
     model.eval()
     with torch.no_grad():
-        expected = ((model(images) + model(images.flip(3))) / 2).softmax(1)
+        expected = sum(share * model(view) for share, view in utils.six_views(images)).softmax(1)
     found = main.predict(model, CPU, loaders[1], precision="fp32", tta=True)
     torch.testing.assert_close(torch.from_numpy(found.probabilities), expected, rtol=1e-4, atol=1e-5)
     plain = main.predict(model, CPU, loaders[1], precision="fp32")
@@ -327,10 +327,12 @@ def test_tta_averages_the_logits_of_an_image_and_its_mirror_image(loaders):
     assert stats.accuracy == found.accuracy
 
 
-def test_a_run_judged_with_mirror_images_is_so_after_every_epoch(loaders):
-    model, history = fit(loaders, epochs=1, tta=True)
+def test_a_run_judged_by_six_views_is_so_after_its_last_epoch_alone(loaders):
+    _, plain = fit(loaders, epochs=2)
+    model, history = fit(loaders, epochs=2, tta=True)
     evaluated = main.test(model, CPU, loaders[1], precision="fp32", tta=True)
-    assert history.epochs[0].stats()["test"] == evaluated
+    assert history.epochs[0].stats()["test"] == plain.epochs[0].stats()["test"]
+    assert history.epochs[1].stats()["test"] == evaluated
     assert evaluated.loss != main.test(model, CPU, loaders[1], precision="fp32").loss
 
 

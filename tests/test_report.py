@@ -393,7 +393,7 @@ def test_averages_of_weights_and_of_mirror_images_are_owned_up_to():
     assert len(how_evaluated(asdict(plain))) == 1
     said = " ".join(how_evaluated(asdict(replace(plain, tta=True, ema_decay=0.99))))
     assert "running average over the run, which keeps 0.99 of itself" in said
-    assert "The logits of each image and of its mirror image are averaged, after every epoch." in said
+    assert "by the mean logits of six views of each image" in said
 
 
 def test_confused_pairs_count_both_ways_and_the_worst_comes_first():

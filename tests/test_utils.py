@@ -475,3 +475,14 @@ def test_machines_with_and_without_bf16_have_two_names(monkeypatch):
         monkeypatch.setattr(torch.cpu, "get_capabilities", lambda found=found: found, raising=False)
         names.add(utils.environment(CPU)["machine"])
     assert names == {"AMD EPYC, 1 threads", "AMD EPYC, 1 threads, bf16"}
+
+
+def test_six_views_are_an_image_and_its_mirror_image_in_three_places():
+    images = torch.arange(2 * 3 * 4 * 5.0).view(2, 3, 4, 5)
+    up_left = images[:, :, [1, 0, 1, 2]][..., [1, 0, 1, 2, 3]]  # from where the border was reflected
+    down_right = images[:, :, [1, 2, 3, 2]][..., [1, 2, 3, 4, 3]]
+    places = [(0.25, images), (0.125, up_left), (0.125, down_right)]
+    expected = [(share, view) for share, place in places for view in (place, place.flip(3))]
+    for (share, view), (wanted, image) in zip(utils.six_views(images), expected, strict=True):
+        assert share == wanted
+        assert torch.equal(view, image)

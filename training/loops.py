@@ -54,6 +54,7 @@ from utils import (
     make_scaler,
     name_of,
     pick_precision,
+    six_views,
 )
 
 # The stream of random numbers for dropout = f(seed, epoch, step); data.py has the other two.
@@ -246,7 +247,7 @@ def test(
     """Mean cross-entropy and accuracy over every image of a loader, each counted once.
 
     Args:
-        tta: average the logits of each image with those of its mirror image.
+        tta: average the logits of six views of each image, as in `six_views`.
     """
     check_model(model)
     check_loader("test", test_loader)
@@ -288,14 +289,16 @@ def forward_all(
     with evaluation_mode(model), torch.inference_mode(), autocast(device, dtype):
         for batch in loader:
             images, labels = to_device(*check_batch(batch), device)
-            views = [images, images.flip(-1)] if tta else [images]
+            views = six_views(images) if tta else [(1.0, images)]
             try:
-                answers = [check_logits(model(view), len(labels)).float() for view in views]
+                answers = [
+                    share * check_logits(model(view), len(labels)).float() for share, view in views
+                ]
             except (TypeError, ValueError, RuntimeError):
                 count_classes(model, images, device, dtype)  # which says in one line what is wrong
                 raise
             check_labels(batch[1], answers[0].shape[1])
-            logits.append(torch.stack(answers).mean(0))
+            logits.append(torch.stack(answers).sum(0))
             targets.append(labels)
     if not logits:
         raise ValueError("the loader has no batch")
@@ -330,7 +333,7 @@ def fit_model(  # noqa: PLR0913
         ema_decay: of an exponential moving average (EMA) of the weights, such as 0.99. The average is
             evaluated and saved in place of the weights, and copied into the model at the end. 0: none.
         compile: the forward and backward pass of training, by `torch.compile`.
-        tta: evaluate as in `test`, with mirror images.
+        tta: evaluate six views of each image after the last epoch, as in `test`; six times the work.
         val_loader: evaluated after each epoch instead of the test set, which then is evaluated once,
             after the last.
         checkpoints: a `Checkpoints`, which can continue a run that was stopped, or just the folder for
@@ -361,7 +364,6 @@ def fit_model(  # noqa: PLR0913
     unchanging |= resumable(settings, length_of(train_loader))
     check = functools.partial(check_finite, scaler=state.scaler)
     draws = functools.partial(random_state, train_loader)
-    options = {"precision": precision, "tta": tta}
     with (
         signals_noted() as signals,
         checkpoints.start(state.parts, unchanging, device, check, draws),
@@ -375,6 +377,7 @@ def fit_model(  # noqa: PLR0913
                 start, last = time.perf_counter() - epoch_state.seconds, epoch_state.epoch == epochs
                 train_epoch(state, device, train_loader, checkpoints, settings, signals)
                 due = loaders_due(val_loader, test_loader, last)
+                options = {"precision": precision, "tta": tta and last}
                 stats = evaluate(state.evaluated, device, due, epoch_state, last, **options)
                 row = make_row(epoch_state, stats, time.perf_counter() - start)
                 with signals.held():
