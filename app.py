@@ -10,9 +10,7 @@ import html
 import io
 import os
 import signal
-import socket
 import sys
-import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -27,24 +25,18 @@ os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # else every page reports that
 
 import gradio as gr
 import numpy as np
-import PIL
 import torch
-from gradio import routes
 from gradio.components import Component
 from gradio.data_classes import ImageData
 from gradio.utils import get_upload_folder
-from starlette.datastructures import Headers, MutableHeaders
-from starlette.middleware import Middleware
-from starlette.middleware.trustedhost import TrustedHostMiddleware
-from starlette.responses import PlainTextResponse
-from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from torch import nn
 
 from checkpoint import read_files
 from config import make_parser
 from reporting.markup import figure, legend, matrix, note, picture_tag, tag, wide
 from run import predict_images, run_config, test_images
-from sources.apart import read_apart, start_reader
+from serving import check_address, check_names, check_pillow, private_uploads, serve
+from sources.apart import read_apart
 from sources.cifar10 import CLASSES
 from sources.folder import FITS
 from sources.split import Split
@@ -63,8 +55,6 @@ from visualize import (
 )
 from weights_file import DEFAULT_WEIGHTS, load_weights
 
-MOST_BYTES = 8 * 1024**2  # of an uploaded file
-MOST_HEAD = 100_000  # of a request, beside the file in it
 COUNTS = (6, 12, 25, 50, 100, 200)  # mistakes on one page, and as many images beside them
 MOST_EXAMPLES = 20  # pictures to click
 MOST_ROWS = 200  # of a confusion matrix that is a table, and not a drawing
@@ -72,13 +62,6 @@ CHUNK = 32  # images whose feature maps Grad-CAM holds at once
 SIDE = 384  # of a picture under its map, pixels
 ANY = -1  # no class chosen
 PAIR = "(one scale for the two maps of an image)"
-# What a visitor of the page posts to; gradio's other ways go past the queue, or keep files elsewhere.
-POSTS = {f"/gradio_api/{name}" for name in ("queue/join", "upload", "cancel", "reset", "reset/")}
-# What a browser may fetch for the page: nothing from elsewhere. And nobody may frame it.
-POLICY = "default-src 'self' 'unsafe-inline' 'unsafe-eval' data: blob:; frame-ancestors 'none'"
-THEME = gr.themes.Base(
-    primary_hue="sky", neutral_hue="slate", radius_size="lg", font="system-ui", font_mono="system-ui"
-)
 
 
 class Shown(NamedTuple):
@@ -278,6 +261,7 @@ def make_page(shown: Shown) -> gr.Blocks:
             add_mistakes(shown, page)
         with gr.Tab("The run"):
             gr.HTML(drawn)
+    page.queue(max_size=16, default_concurrency_limit=1)
     return page
 
 
@@ -377,61 +361,6 @@ def class_choice(shown: Shown, label: str, neutral: str) -> gr.Dropdown:
     return gr.Dropdown([(neutral, ANY), *names], label=label)
 
 
-def guard(app: ASGIApp) -> ASGIApp:
-    """Refuse what no visitor of the page sends, and let browsers fetch nothing from elsewhere."""
-
-    async def guarded(scope: Scope, receive: Receive, send: Send) -> None:
-        async def send_with_policy(message: Message) -> None:
-            if message["type"] == "http.response.start":
-                MutableHeaders(scope=message)["content-security-policy"] = POLICY
-            await send(message)
-
-        headers = Headers(scope=scope) if scope["type"] == "http" else {}
-        length, most = headers.get("content-length", "0"), MOST_BYTES + MOST_HEAD
-        if "transfer-encoding" in headers or not length.isdigit() or int(length) > most:
-            await PlainTextResponse("The request is too long.", 413)(scope, receive, send)
-        elif scope.get("method") == "POST" and headers.get("sec-fetch-site", "").endswith("-site"):
-            await PlainTextResponse("The request is another site's.", 403)(scope, receive, send)
-        elif scope.get("method") == "POST" and scope["path"] not in POSTS:
-            await PlainTextResponse("There is no such thing.", 404)(scope, receive, send)
-        else:
-            await app(scope, receive, send_with_policy)
-
-    return guarded
-
-
-def serve(page: gr.Blocks, host: str, port: int | None, share: bool) -> None:
-    """Serve the page until Ctrl-C."""
-    local = ["127.0.0.1", "localhost"]
-    known = local if host in local and not share else ["*"]  # else a site could point its name at us
-    middleware = [Middleware(guard), Middleware(TrustedHostMiddleware, allowed_hosts=known)]
-    start_reader()  # else the first visitor would wait for it
-    page.queue(max_size=16, default_concurrency_limit=1)
-    _, address, public = page.launch(
-        server_name=host,
-        server_port=port,
-        share=share,  # never None: on Colab that means a public address
-        prevent_thread_lock=True,
-        quiet=True,
-        show_error=False,
-        max_file_size=MOST_BYTES,
-        allowed_paths=[],
-        blocked_paths=[str(Path(__file__).parent)],
-        state_session_capacity=64,
-        enable_monitoring=False,
-        run_history=False,
-        mcp_server=False,
-        ssr_mode=False,
-        pwa=False,
-        footer_links=[],
-        theme=THEME,
-        css_paths=Path(__file__).with_suffix(".css"),
-        app_kwargs={"middleware": middleware, "openapi_url": None},
-    )
-    print(f"the page is at {public or address}; Ctrl-C ends it", flush=True)
-    page.block_thread()
-
-
 def main(argv: list[str] | None = None) -> int:
     """Open the page; 2 and one line on stderr where that cannot be."""
     parser = make_parser("app.py", __doc__)
@@ -441,45 +370,27 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--host", default="127.0.0.1", help="0.0.0.0: anyone in the network may use it")
     parser.add_argument("--port", type=int, help="(default: the first free one from 7860)")
     parser.add_argument("--share", action="store_true", help="a public address, for up to a week")
+    for flag, value, meaning in (
+        ("--allow-host", "NAME", "a further name of the page, as behind a proxy; may be repeated"),
+        ("--allow-frame", "ORIGIN", "a site that may frame the page, as https://huggingface.co"),
+    ):
+        parser.add_argument(flag, action="append", default=[], metavar=value, help=meaning)
     parser.set_defaults(precision=None)
     given = parser.parse_args(argv)
     try:
         signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends like Ctrl-C, uploads removed
         check_pillow()
         check_address(given.host, given.port)
-        if not given.share:  # gradio asks its own page whether it is there, by a proxy if there is one
-            for name in ("http_proxy", "https_proxy", "all_proxy"):
-                os.environ.pop(name, None)
-                os.environ.pop(name.upper(), None)
-        with tempfile.TemporaryDirectory(prefix="page-") as private:
-            os.environ["GRADIO_TEMP_DIR"] = private  # else all users of a machine share /tmp/gradio
-            routes.DEFAULT_TEMP_DIR = private  # where gradio makes a folder that it never removes
-            serve(make_page(open_shown(given)), given.host, given.port, given.share)
+        check_names(given.allow_host, given.allow_frame)
+        allowed = {"allowed_hosts": given.allow_host, "allowed_frames": given.allow_frame}
+        private_uploads()
+        serve(make_page(open_shown(given)), given.host, given.port, share=given.share, **allowed)
     except (ValueError, OSError) as error:
         print(f"app.py: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:  # before the page was open
         return 130
     return 0
-
-
-def check_address(host: str, port: int | None) -> None:
-    """Refuse an address that nothing can be served at, which gradio would try for minutes."""
-    if port is not None and not 1 <= port <= 65535:
-        raise ValueError(f"port must be 1 to 65535, not {port}")
-    try:
-        socket.create_server((host or "?", port or 0)).close()
-    except OSError as error:
-        raise ValueError(f"{host}, port {port or 'any'}: {error.strerror}") from None
-
-
-def check_pillow() -> None:
-    """Refuse the Pillow that gradio asks for: a page opens pictures that others made."""
-    if int(PIL.__version__.split(".")[0]) < 13:
-        raise ValueError(
-            f"pillow {PIL.__version__} can be taken over by a picture (CVE-2026-112403); "
-            "run: pip install --no-deps 'pillow>=13'"
-        )
 
 
 if __name__ == "__main__":

@@ -23,6 +23,7 @@ from utils import Predictions
 pytest.importorskip("gradio", reason="the page is an extra: requirements-app.txt")
 
 import app
+import serving
 
 ROOT = Path(__file__).parent.parent
 SMOKE = "--dataset cifar10-sample --width 4 --batch-size 256 --epochs 1 --max-train-batches 3 --lr 0.01"
@@ -300,14 +301,14 @@ def test_a_run_on_one_s_own_images_is_shown_like_any_other(tmp_path, sample):
 
 
 def test_what_cannot_be_shown_ends_in_one_line_and_exit_code_2(tmp_path, monkeypatch, capsys, tiny):
-    monkeypatch.setattr(app, "serve", lambda *_: pytest.fail("the page was opened"))
+    monkeypatch.setattr(app, "serve", lambda *_, **__: pytest.fail("the page was opened"))
     assert app.main([str(tmp_path / "none")]) == 2
     card = {"model": "custom_resnet", "options": {"width": 4}, "classes": list("abcdefghij")}
     card |= {"mean": [0.5] * 3, "std": [0.25] * 3, "image_size": 32}
     card |= {"config": Config(dataset="cifar10-sample", width=4).identity}
     weights_file.save_weights(tmp_path / "w.safetensors", tiny, card)
     assert app.main([str(tmp_path / "w.safetensors")]) == 2
-    monkeypatch.setattr(app.PIL, "__version__", "12.3.0")
+    monkeypatch.setattr(serving.PIL, "__version__", "12.3.0")
     assert app.main([str(tmp_path / "none")]) == 2
     lines = capsys.readouterr().err.splitlines()
     assert len(lines) == 3 and all(line.startswith("app.py: ") for line in lines)
@@ -323,10 +324,22 @@ def test_what_cannot_be_shown_ends_in_one_line_and_exit_code_2(tmp_path, monkeyp
         ("--host ", ", port any: "),
         ("--host no.such.host.invalid", "no.such.host.invalid, port any: "),
         ("--port {}", "Address already in use"),
+        (
+            "--allow-host https://page.example",
+            "a name alone, as page.example is, not 'https://page.example'",
+        ),
+        ("--allow-host page.example:80", "a name alone, as page.example is, not 'page.example:80'"),
+        ("--allow-host *", "a name alone, as page.example is, not '*'"),
+        ("--allow-host a.example --allow-host ", "a name alone, as page.example is, not ''"),
+        ("--allow-frame huggingface.co", "as https://huggingface.co is, not 'huggingface.co'"),
+        ("--allow-frame https://a.example/", "as https://huggingface.co is, not 'https://a.example/'"),
+        ("--allow-frame https://*.example", "as https://huggingface.co is, not 'https://*.example'"),
+        ("--allow-frame *", "as https://huggingface.co is, not '*'"),
+        ("--allow-frame https://a.example;x", "as https://huggingface.co is, not 'https://a.example;x'"),
     ],
 )
-def test_an_address_that_nothing_can_be_served_at_is_one_line(monkeypatch, capsys, flags, message):
-    monkeypatch.setattr(app, "serve", lambda *_: pytest.fail("the page was opened"))
+def test_what_the_page_cannot_be_served_as_is_one_line(monkeypatch, capsys, flags, message):
+    monkeypatch.setattr(app, "serve", lambda *_, **__: pytest.fail("the page was opened"))
     with socket.create_server(("127.0.0.1", 0)) as taken:
         assert app.main(flags.format(taken.getsockname()[1]).split(" ")) == 2
     printed = capsys.readouterr().err
@@ -340,8 +353,33 @@ def test_an_address_that_nothing_can_be_served_at_is_one_line(monkeypatch, capsy
 def test_a_damaged_run_is_refused_by_the_name_of_its_file(
     folder, tmp_path, monkeypatch, capsys, name, content
 ):
-    monkeypatch.setattr(app, "serve", lambda *_: pytest.fail("the page was opened"))
+    monkeypatch.setattr(app, "serve", lambda *_, **__: pytest.fail("the page was opened"))
     run = shutil.copytree(folder, tmp_path / "run")
     (run / name).write_text(content)
     assert app.main([str(run)]) == 2
     assert f"{name} is not what a run writes" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("host", "known"),
+    [
+        ("localhost", True),
+        ("LocalHost:7860", True),
+        ("page.example:443", True),
+        ("127.0.0.1:7860", True),
+        ("192.168.0.7", True),
+        ("[::1]:7860", True),
+        ("[::1]", True),
+        ("", False),
+        (":7860", False),
+        ("attacker.example", False),
+        ("attackerlocalhost", False),
+        ("attacker.page.example", False),
+        ("page.example.attacker.example", False),
+        ("localhost.attacker.example:7860", False),
+        ("127.0.0.1.attacker.example", False),
+        ("page.example:x", False),
+    ],
+)
+def test_a_page_answers_to_numbers_and_to_its_own_names_alone(host, known):
+    assert serving.is_known(host, {"localhost", "page.example"}) == known

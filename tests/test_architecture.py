@@ -25,6 +25,7 @@ FLOORS = {
     "report": 8,
     "run": 9,
     "main": 10,
+    "serving": 10,
     "app": 11,
     "hubconf": 11,
     "lit": 11,
@@ -58,7 +59,11 @@ ROOMS = {
         "__init__": 3,
     },
 }
-EXTRAS = {"app": "gradio", "lit": "lightning"}  # what each needs beyond requirements.txt
+EXTRAS = {
+    "app": "gradio",
+    "serving": "gradio",
+    "lit": "lightning",
+}  # what each needs beyond requirements.txt
 SOURCES = [  # not what lies in environments such as .venv
     path for path in ROOT.rglob("*.py") if not any(p[0] == "." for p in path.relative_to(ROOT).parts)
 ]
@@ -107,7 +112,7 @@ def test_no_file_of_the_package_is_over_500_lines():
 
 @pytest.mark.slow
 def test_importing_everything_is_silent_and_asks_for_no_network_or_device():
-    there = {"app"} if find_spec(EXTRAS["app"]) else set()  # Lightning itself is not silent
+    there = {"app", "serving"} if find_spec(EXTRAS["app"]) else set()  # Lightning itself is not silent
     code = (
         "import socket, torch\n"
         "def refuse(*arguments): raise SystemExit('a connection was tried')\n"
