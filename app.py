@@ -2,6 +2,8 @@
 
 python app.py          the weights and the images in the repository
 python app.py RUN      a run, tested on its own test images, with its curves
+
+In Python, `from app import demo` gives the first page as a gradio object, and `make_demo` that of a run.
 """
 
 import argparse
@@ -35,7 +37,7 @@ from checkpoint import read_files
 from config import make_parser
 from reporting.markup import figure, legend, matrix, note, picture_tag, tag, wide
 from run import predict_images, run_config, test_images
-from serving import check_address, check_names, check_pillow, private_uploads, serve
+from serving import check_address, check_names, check_pillow, launch, private_uploads, serve
 from sources.apart import read_apart
 from sources.cifar10 import CLASSES
 from sources.folder import FITS
@@ -359,6 +361,35 @@ def class_choice(shown: Shown, label: str, neutral: str) -> gr.Dropdown:
     """The classes, by number, after a neutral choice."""
     names = [(name, k) for k, name in enumerate(shown.split.classes)]
     return gr.Dropdown([(neutral, ANY), *names], label=label)
+
+
+def make_demo(
+    weights: str = DEFAULT_WEIGHTS, data: str | None = None, device: str = "auto"
+) -> gr.Blocks:
+    """The page of some weights; its `launch` is `serving.launch`, which keeps it private and guarded.
+
+    Args:
+        weights: run folder or weights file.
+        data: folder of the run's dataset; None: the run's.
+        device: "cpu", "cuda", "mps" or "auto".
+
+    Raises:
+        ValueError, OSError: weights or data cannot be used; one line.
+    """
+    check_pillow()
+    private_uploads()
+    given = argparse.Namespace(weights=weights, data=data, device=device, precision=None)
+    page = make_page(open_shown(given))
+    page.launch = functools.partial(launch, page)
+    return page
+
+
+def __getattr__(name: str) -> gr.Blocks:
+    """`demo`, made when it is first asked for: importing loads no network."""
+    if name != "demo":
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    globals()[name] = page = make_demo()
+    return page
 
 
 def main(argv: list[str] | None = None) -> int:

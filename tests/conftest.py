@@ -1,8 +1,12 @@
 """What the tests share: no network, a small real dataset, a small network."""
 
+import contextlib
 import functools
 import gc
 import os
+import re
+import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -18,6 +22,7 @@ import main
 import models
 import sources
 from sources import cifar10
+from tests.proxy import reverse_proxy
 
 ROOT = Path(__file__).parent.parent
 
@@ -85,12 +90,41 @@ class Served(NamedTuple):
     said: str  # until it was ready
 
 
+@contextlib.contextmanager
+def started(command, folder, cwd=ROOT, environment=(), ended=0):
+    """A command that serves the page; `folder` is its TMPDIR and has its log, `ended` its exit code."""
+    environment = {**os.environ, "TMPDIR": str(folder), "PYTHONUNBUFFERED": "1", **dict(environment)}
+    pipes = {"stdout": subprocess.PIPE, "text": True, "start_new_session": True}
+    with (
+        (folder / "log").open("w") as log,
+        subprocess.Popen(command, cwd=cwd, env=environment, stderr=log, **pipes) as page,
+    ):
+        try:
+            said = ""
+            while not (address := re.search("https?://[^ ;]+", said.splitlines()[-1] if said else "")):
+                line = page.stdout.readline()
+                assert line, (folder / "log").read_text()
+                said += line
+            yield Served(address[0], said)
+        finally:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(page.pid, signal.SIGTERM)  # and what it has started
+        assert page.wait(30) == ended
+
+
 @pytest.fixture(scope="session")
-def served(tmp_path_factory):
-    """The page of a short run on the sample, in an environment that asks for the opposite of private."""
-    folder = tmp_path_factory.mktemp("page")
+def small_run(tmp_path_factory):
+    """The folder of a short run on the sample."""
+    folder = tmp_path_factory.mktemp("small") / "run"
     flags = "--recipe demo --width 8 --epochs 1 --lr 0.01 --precision fp32 --output"
-    assert main.main([*flags.split(), str(folder / "run")]) == 0
+    assert main.main([*flags.split(), str(folder)]) == 0
+    return folder
+
+
+@pytest.fixture(scope="session")
+def served(tmp_path_factory, small_run):
+    """The page of a run, in an environment that asks for the opposite of private."""
+    folder = tmp_path_factory.mktemp("page")
     hostile = {
         "GRADIO_SHARE": "True",
         "GRADIO_SERVER_NAME": "0.0.0.0",
@@ -104,21 +138,46 @@ def served(tmp_path_factory):
         "http_proxy": "http://127.0.0.1:9",
         "ALL_PROXY": "junk",
     }
-    command = [sys.executable, "app.py", str(folder / "run"), "--device", "cpu"]
-    environment = os.environ | hostile | {"TMPDIR": str(folder)}
-    with (folder / "log").open("w") as log:
-        page = subprocess.Popen(
-            command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=log, text=True
-        )
-        lines = []
-        for line in page.stdout:
-            lines.append(line)
-            if line.startswith("the page is at "):
-                break
-        assert lines and "http" in lines[-1], (folder / "log").read_text()
-        yield Served(lines[-1].split()[4].rstrip(";"), "".join(lines))
-        page.terminate()
-        assert page.wait(30) == 0
-        page.stdout.close()
+    command = [sys.executable, "app.py", str(small_run), "--device", "cpu"]
+    with started(command, folder, environment=hostile) as page:
+        yield page
     assert not list(folder.glob("page-*")), "uploads were left behind"
     assert not (folder / "gradio").exists(), "gradio's folder was left behind"
+
+
+class Site(NamedTuple):
+    """Pages under names of this machine, and what can be visited there."""
+
+    port: int
+
+    def at(self, name):
+        return f"http://{name}.localhost:{self.port}/"
+
+
+@pytest.fixture(scope="session")
+def space(tmp_path_factory, small_run):
+    """The files of docs/space.md, run as a Space would, at page.localhost behind a reverse proxy.
+
+    Every other name has a page that frames this one; course.localhost is allowed to.
+    """
+    folder = tmp_path_factory.mktemp("space")
+    shutil.copy(small_run / "weights.safetensors", folder)
+    (folder / "cifar10").symlink_to(ROOT)  # in the place of a clone
+    upstream, port = free_port(), free_port()
+    file = (ROOT / "docs/space.md").read_text().partition("```py\n")[2].partition("```")[0]
+    code = file.replace("server_port=7860", f"server_port={upstream}")
+    code = code.replace("https://huggingface.co", f"http://course.localhost:{port}")
+    (folder / "app.py").write_text(code)
+    spaces = {"SYSTEM": "spaces", "SPACE_ID": "somebody/page", "SPACE_HOST": "page.localhost"}
+    spaces |= {"GRADIO_SERVER_NAME": "0.0.0.0", "GRADIO_SERVER_PORT": str(upstream)}
+    command = [sys.executable, "app.py"]
+    with (
+        started(command, folder, folder, spaces, ended=-signal.SIGTERM),
+        reverse_proxy(upstream, port, "page.localhost"),
+    ):
+        yield Site(port)
+
+
+def free_port():
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        return server.getsockname()[1]

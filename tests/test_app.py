@@ -383,3 +383,8 @@ def test_a_damaged_run_is_refused_by_the_name_of_its_file(
 )
 def test_a_page_answers_to_numbers_and_to_its_own_names_alone(host, known):
     assert serving.is_known(host, {"localhost", "page.example"}) == known
+
+
+def test_a_name_that_the_module_does_not_have_is_an_attribute_error():
+    with pytest.raises(AttributeError, match="module 'app' has no attribute 'page'"):
+        app.page  # noqa: B018

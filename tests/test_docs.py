@@ -87,6 +87,15 @@ def test_every_command_of_a_page_has_a_name_and_flags_that_exist(name):
             config.parse_config(words)
 
 
+def test_the_files_of_a_space_ask_for_what_the_repository_asks_for_but_pillow():
+    page = TEXTS["docs/space.md"]
+    requirements = page.partition("```text\n")[2].partition("```")[0].splitlines()
+    ours = [line.split("#")[0].strip() for line in (ROOT / "requirements.txt").read_text().splitlines()]
+    assert requirements == [line for line in ours if line and not line.startswith("pillow")]
+    version = re.search("^sdk_version: (.*)$", page, re.MULTILINE)[1]
+    assert f"gradio=={version}" in (ROOT / "constraints.txt").read_text().splitlines()
+
+
 def test_a_python_block_keeps_its_line_numbers():
     page = "a\n```python\nx = 1\n```\nb\n```python\ny = 2\n```\n"
     assert [line.strip() for line in python_of(page).split("\n")[2::4]] == ["x = 1", "y = 2"]

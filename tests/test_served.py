@@ -1,6 +1,9 @@
 """The page as people meet it: `python app.py` in a process of its own."""
 
+import signal
 import socket
+import sys
+import textwrap
 import time
 from pathlib import Path
 
@@ -11,6 +14,7 @@ pytest.importorskip("gradio", reason="the page is an extra: requirements-app.txt
 import httpx
 
 import serving
+from tests.conftest import started
 from tests.test_app import HOSTILE
 from tests.test_image_file import encoded, with_scans
 
@@ -152,3 +156,61 @@ def test_no_programming_interface_is_offered(client):
 def test_the_page_tells_nothing_of_this_machine_s_folders(client):
     assert str(ROOT) not in client.get("config").text
     assert client.get("config").json()["analytics_enabled"] is False
+
+
+@pytest.fixture
+def visitor(space):
+    """Somebody who asks for the Space under its name, of the proxy before it."""
+    headers = {"host": f"page.localhost:{space.port}"}
+    with httpx.Client(base_url=f"http://127.0.0.1:{space.port}", headers=headers, timeout=60) as client:
+        yield client
+
+
+def test_the_files_of_a_space_show_one_s_own_weights_behind_a_proxy(visitor, picture):
+    page = visitor.get("config").json()
+    assert page["root"] == str(visitor.base_url).replace("127.0.0.1", "page.localhost").rstrip("/")
+    assert "What custom_resnet sees" in visitor.get("config").text
+    assert page["analytics_enabled"] is False
+    said = ask(visitor, 5, [upload(visitor, Path(picture).read_bytes()), 3, "layer1", -1, 0.5])
+    assert "Evidence for" in said
+
+
+def test_a_space_may_be_framed_by_the_site_that_it_names_and_by_no_other(visitor, space):
+    policy = visitor.get("").headers["content-security-policy"]
+    assert policy.endswith(f"; frame-ancestors {space.at('course').rstrip('/')}")
+
+
+def test_a_space_is_as_guarded_as_the_page(visitor):
+    assert visitor.post("gradio_api/run/x", json={}).status_code == 404
+    headers = {"sec-fetch-site": "cross-site"}
+    assert visitor.post("gradio_api/upload", files={"files": b"x"}, headers=headers).status_code == 403
+    too_much = {"files": ("a.png", b"x" * (serving.MOST_BYTES + 1))}
+    assert visitor.post("gradio_api/upload", files=too_much).status_code == 413
+    assert visitor.get("gradio_api/file=cifar10/app.py").status_code == 403
+
+
+def test_gradio_s_own_command_serves_the_page(tmp_path, small_run):
+    flags = [str(small_run), "--allow-host", "page.example"]
+    command = [sys.executable, "-m", "gradio", "app.py", "--", *flags]
+    with started(command, tmp_path) as page, httpx.Client(trust_env=False, timeout=60) as client:
+        assert page.address.startswith("http://127.0.0.1:")
+        names = {"page.example": 200, "page.example:80": 200, "attacker.example": 400}
+        for name, status in names.items():
+            assert client.get(page.address, headers={"host": name}).status_code == status
+        assert "frame-ancestors 'none'" in client.get(page.address).headers["content-security-policy"]
+
+
+def test_demo_is_made_when_it_is_asked_for_and_its_launch_is_guarded(tmp_path):
+    code = """
+        import app
+        assert "demo" not in vars(app)
+        from app import demo
+        assert app.demo is demo and vars(app)["demo"] is demo
+        demo.queue().launch(share=None, show_error=True, allowed_hosts=["page.example"])
+    """
+    command = [sys.executable, "-W", "error", "-c", textwrap.dedent(code)]
+    with started(command, tmp_path, ended=-signal.SIGTERM) as page:
+        for host, status in (("page.example", 200), ("localhost", 200), ("attacker.example", 400)):
+            answer = httpx.get(page.address, headers={"host": host}, trust_env=False)
+            assert answer.status_code == status
+        assert "frame-ancestors 'none'" in httpx.get(page.address).headers["content-security-policy"]

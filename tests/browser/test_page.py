@@ -306,3 +306,47 @@ def test_a_number_out_of_bounds_is_brought_back_and_no_error(visit):
         page.get_by_label("number input for Opacity").fill(typed)
         expect(page.locator(".large figure img")).not_to_have_attribute("src", before, timeout=SECONDS)
         assert page.get_by_test_id("toast-body").count() == 0
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_the_page_works_in_a_frame_of_the_site_that_is_allowed(browser, space, photo, tmp_path, size):
+    """SCREENSHOTS=DIR keeps the pictures."""
+    width, height = SIZES[size]
+    page = browser.new_page(viewport={"width": width, "height": height})
+    page.set_default_timeout(SECONDS)
+    troubles, inside = [], (space.at("course"), space.at("page"), "data:", "blob:")
+    page.on("request", lambda one: one.url.startswith(inside) or troubles.append(f"fetched {one.url}"))
+    page.on("pageerror", lambda error: troubles.append(f"script: {error}"))
+    page.on("console", lambda line: line.type == "error" and troubles.append(line.text))
+    page.goto(space.at("course"))
+    frame = page.frame_locator("iframe")
+    answer(frame, "Evidence for")
+    before = frame.locator(".large figure img").get_attribute("src")
+    frame.get_by_label("Remove Image").click()
+    frame.get_by_test_id("file-upload").set_input_files(photo)
+    answer(frame, "Evidence for")
+    assert frame.locator(".large figure img").get_attribute("src") != before
+    page.screenshot(path=Path(os.environ.get("SCREENSHOTS", tmp_path)) / f"framed-{size}.png")
+    frame.get_by_role("tab", name="Mistakes").click()
+    expect(frame.locator(".card img").first).to_be_visible(timeout=SECONDS)
+    page.close()
+    assert troubles == []
+
+
+@pytest.mark.parametrize("name", ["elsewhere", "course.elsewhere", "other.course"])
+def test_the_page_is_refused_in_a_frame_of_another_site(browser, space, name):
+    page = browser.new_page()
+    with page.expect_event("console", lambda line: "frame-ancestors" in line.text, timeout=SECONDS):
+        page.goto(space.at(name))
+    frame = page.frame_locator("iframe")
+    expect(frame.locator(".headline")).to_have_count(0)
+    assert page.frames[1].url.startswith("chrome-error:")
+    page.close()
+
+
+def test_no_site_may_frame_the_page_that_is_served_without_flags(browser, served, space):
+    page = browser.new_page()
+    page.goto(space.at("course"))
+    with page.expect_event("console", lambda line: "frame-ancestors" in line.text, timeout=SECONDS):
+        page.locator("iframe").evaluate("(frame, address) => { frame.src = address }", served.address)
+    page.close()
