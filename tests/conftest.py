@@ -71,6 +71,14 @@ def sample_is_decoded_once():
         yield
 
 
+@pytest.fixture(scope="module")
+def unreported():
+    """Runs of these tests end without their report, which takes longer than a small training."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("run.report_run", lambda *arguments: None)
+        yield
+
+
 @pytest.fixture(scope="session")
 def sample():
     """200 real images, 20 of each class."""

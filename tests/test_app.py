@@ -30,7 +30,7 @@ SMOKE = "--dataset cifar10-sample --width 4 --batch-size 256 --epochs 1 --max-tr
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory):
+def folder(tmp_path_factory, unreported):
     """A run of three steps."""
     folder = tmp_path_factory.mktemp("page") / "run"
     assert main.main([*SMOKE.split(), "--precision", "fp32", "--output", str(folder)]) == 0

@@ -16,6 +16,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 import zipfile
 from pathlib import Path
@@ -73,13 +74,13 @@ def run(
 ):
     """The small run, which a SIGTERM meets in its step `stop_at`; its outcome, or None if stopped.
 
-    `options` are of `Checkpoints` or of `fit_model`.
+    `options` are the network's width, and those of `Checkpoints` or of `fit_model`.
     """
     about = {
         name: options.pop(name) for name in ("card", "resume", "mirror", "seconds") if name in options
     }
     torch.manual_seed(0)
-    model = models.make_model("custom_resnet", width=4, dropout=0.2)
+    model = models.make_model("custom_resnet", width=options.pop("width", 4), dropout=0.2)
     optimizer = main.make_optimizer(optimizer, model, lr=0.01)
     scheduler = None
     if scheduled:
@@ -107,6 +108,11 @@ def run(
             **({"precision": "fp32"} | options),
         )
         return outcome(model, optimizer, history)
+
+
+def few(batch):
+    """The first images of a batch: CPUs take a hundred times as long in fp16 as in fp32."""
+    return [x[:4] for x in batch]
 
 
 def outcome(model, optimizer, history):
@@ -155,11 +161,11 @@ def test_stopped_at_any_step_and_resumed_with_other_workers_ends_with_the_same_b
     [
         {"optimizer": "sgd"},
         {"optimizer": "muon"},
-        {"optimizer": "muon", "precision": "fp16"},
+        {"optimizer": "muon", "precision": "fp16", "width": 1},  # fp16 is slow on CPUs
         {"scheduled": False},
         {"validated": True},
         {"precision": "bf16"},
-        {"precision": "fp16"},
+        {"precision": "fp16", "width": 1},
     ],
     ids=str,
 )
@@ -294,23 +300,23 @@ def test_a_mirror_on_a_drive_that_is_not_mounted_is_not_made_on_this_one(tmp_pat
     assert not (tmp_path / "drive").exists()
 
 
-def test_a_mirror_that_hangs_holds_nobody_up(sample, uninterrupted, tmp_path, monkeypatch, capsys):
-    write = files.write_whole
+def test_a_mirror_that_hangs_holds_nobody_up(tmp_path, monkeypatch, capsys):
+    write, back = files.write_whole, threading.Event()
 
     def hang(path, content):
         if Path(path).parent == tmp_path / "drive":
-            time.sleep(3)
+            assert back.wait(20)
         write(path, content)
 
     monkeypatch.setattr(files, "write_whole", hang)
-    before = time.monotonic()
     mirror = Mirror(tmp_path / "drive", patience=0.1)
     for step in (1, 2):
         save_checkpoint(tmp_path / "run", {"step": step}, step, mirror)
     mirror.close()
-    assert time.monotonic() - before < 2
+    assert not (tmp_path / "drive").exists() or not any((tmp_path / "drive").iterdir())
     assert "was not ready in 0.1 s" in capsys.readouterr().out
-    mirror.patience = 30
+    back.set()
+    mirror.patience = 60
     mirror.close()
     assert (tmp_path / "drive" / "step-00000002.ckpt").exists()
 
@@ -1095,7 +1101,7 @@ def test_a_device_that_is_not_waited_for_skips_every_update_after_a_bad_number(
 
     model.linear.register_forward_hook(inject)
     monkeypatch.setattr(loops, "skips_on_device", lambda optimizer: True)
-    batches = [batch for _ in range(2) for batch in loaders_of(sample, 0)[0]]
+    batches = [few(batch) for _ in range(2) for batch in loaders_of(sample, 0)[0]]
     with pytest.raises(FloatingPointError, match=f"the {what}.* is not finite at epoch 1, step 3"):
         main.train(model, CPU, batches, optimizer, precision=precision)
     assert next(steps) == 7  # noticed at the end of the epoch
@@ -1124,7 +1130,7 @@ def test_a_bad_number_is_noticed_before_a_checkpoint_is_written(sample, tmp_path
 def test_a_first_update_that_fp16_skips_leaves_no_momentum(sample, name):
     model = models.make_model("custom_resnet", width=4)
     optimizer = main.make_optimizer(name, model)
-    batch = next(iter(loaders_of(sample, 0)[0]))
+    batch = few(next(iter(loaders_of(sample, 0)[0])))
     hook = model.linear.weight.register_hook(lambda gradient: gradient * float("inf"))
     before = [p.detach().clone() for p in model.parameters()]
     main.train(model, CPU, [batch], optimizer, precision="fp16")
@@ -1136,10 +1142,10 @@ def test_a_first_update_that_fp16_skips_leaves_no_momentum(sample, name):
 def test_a_gradient_that_keeps_overflowing_in_fp16_stops_the_run(sample):
     model = models.make_model("custom_resnet", width=4)
     model.linear.weight.register_hook(lambda gradient: gradient * float("inf"))
-    train, test = loaders_of(sample, 0)
+    batch = few(next(iter(loaders_of(sample, 0)[0])))
     optimizer = main.make_optimizer("adam", model)
     with pytest.raises(FloatingPointError, match="gradient in fp16 keeps overflowing"):
-        main.fit_model(model, CPU, train, test, optimizer, epochs=6, precision="fp16")
+        main.fit_model(model, CPU, [batch] * 3, [batch], optimizer, epochs=6, precision="fp16")
 
 
 def test_a_network_that_answers_one_class_is_warned_about(sample, capsys):

@@ -1074,6 +1074,7 @@ def asleep(image, **_):
     time.sleep(60)
 
 
+@pytest.mark.slow  # PyTorch waits five seconds for the end of a worker
 def test_a_batch_that_never_comes_ends_the_wait(sample, monkeypatch):
     monkeypatch.setattr(data, "BATCH_TIMEOUT", 1)
     compose = A.Compose([A.Lambda(image=asleep), A.Normalize(), ToTensorV2()])

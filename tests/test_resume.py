@@ -16,6 +16,7 @@ from files import lock_folder, unlock_folder
 from utils import History
 
 ROOT = Path(main.__file__).parent
+pytestmark = pytest.mark.usefixtures("unreported")  # but for what runs in a process of its own
 SMALL = (
     "--dataset cifar10-sample --width 4 --batch-size 64 --max-train-batches 3 --max-test-batches 2 "
     "--precision fp32"
@@ -23,7 +24,7 @@ SMALL = (
 
 
 @pytest.fixture(scope="module")
-def finished(tmp_path_factory):
+def finished(tmp_path_factory, unreported):
     """The folder of a run of two epochs, with a seed of its own."""
     folder = tmp_path_factory.mktemp("runs") / "small"
     assert (
