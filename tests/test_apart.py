@@ -43,6 +43,7 @@ def test_what_is_refused_here_is_refused_apart_in_the_same_words(tmp_path):
         assert str(there.value) == str(here.value)
 
 
+@pytest.mark.slow
 def test_a_picture_that_keeps_the_decoder_busy_is_given_up_and_the_next_one_is_read(photo, stuck):
     with pytest.raises(ValueError, match=r"photo .*\.jpg is no readable image \(it takes over 0.5 s\)"):
         apart.read_apart(photo, (32,), "crop")
@@ -50,6 +51,7 @@ def test_a_picture_that_keeps_the_decoder_busy_is_given_up_and_the_next_one_is_r
     assert apart.read_apart(photo, (32,), "crop")[0][0].shape == (32, 32, 3)
 
 
+@pytest.mark.slow
 def test_a_picture_that_ends_the_decoder_is_refused_and_the_next_one_is_read(photo):
     pid = apart.start_reader().pid
     os.kill(pid, signal.SIGSTOP)  # the picture is in its hands

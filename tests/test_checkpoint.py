@@ -50,7 +50,7 @@ EPOCHS, STEPS = 2, 3  # of the small run that is stopped and resumed
 
 def loaders_of(sample, workers):
     """Training loader image by image, as workers of any number do it, and a test loader."""
-    dataset = Samples(sample, train_transform(), 64, 0, shuffle=True)
+    dataset = Samples(sample, train_transform(), 16, 0, shuffle=True)
     train = torch.utils.data.DataLoader(
         dataset,
         batch_size=None,
@@ -58,7 +58,8 @@ def loaders_of(sample, workers):
         num_workers=workers,
         generator=torch.Generator(),
     )
-    return train, make_loader(sample, evaluation_transform(), "cpu", Config(batch_size=100))
+    test = sample.take(np.arange(0, 200, 5))
+    return train, make_loader(test, evaluation_transform(), "cpu", Config(batch_size=20))
 
 
 def run(

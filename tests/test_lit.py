@@ -17,7 +17,10 @@ from lightning.pytorch import Callback, Trainer
 from lit import LitData, LitModel, trainer_options
 
 # Of Lightning 2.6 itself, on torch 2.15.
-pytestmark = pytest.mark.filterwarnings("ignore:.isinstance.treespec, LeafSpec:FutureWarning")
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:.isinstance.treespec, LeafSpec:FutureWarning"),
+    pytest.mark.slow,
+]
 CONFIG = Config(
     dataset="cifar10-sample",
     width=4,

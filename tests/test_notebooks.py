@@ -15,7 +15,7 @@ from training import guards, lr_finder
 
 ROOT = Path(__file__).parent.parent
 SMOKE = "--dataset cifar10-sample --width 8 --epochs 1 --batch-size 32 --max-train-batches 4"
-SMOKE += " --precision fp32"
+SMOKE += " --max-test-batches 5 --precision fp32"
 RECIPES = {"train_cifar10": "custom_resnet", "train_resnet18": "resnet18"}
 
 
@@ -105,6 +105,7 @@ def train_cell(folder, stop_at, monkeypatch):
     return names["history"], (folder / "weights.safetensors").read_bytes()
 
 
+@pytest.mark.slow
 def test_running_the_training_cell_again_continues_the_run(tmp_path, monkeypatch, capsys):
     found = lr_finder.LRFinderResult([1e-4, 1e-3], [2.0, 1.0], {"start": 5e-4, "minimum": 0.02})
     monkeypatch.setattr("run.find_lr", lambda *args, **options: found)

@@ -43,6 +43,7 @@ def finished(tmp_path_factory):
     return folder
 
 
+@pytest.mark.slow
 def test_the_report_has_what_the_exercise_hands_in(finished):
     text = (finished / "report.md").read_text()
     heads = re.findall(r"^## (.*)$", text, re.M)
@@ -72,6 +73,7 @@ def test_the_report_has_what_the_exercise_hands_in(finished):
     assert "Kernel Shape" in text and "| lr_rule |" in text
 
 
+@pytest.mark.slow
 def test_the_reports_numbers_are_those_of_the_history_and_of_the_saved_weights(finished):
     text = (finished / "report.md").read_text()
     last = History.load(finished).epochs[-1]
@@ -85,6 +87,7 @@ def test_the_reports_numbers_are_those_of_the_history_and_of_the_saved_weights(f
     assert re.search(rf"\| airplane \| ([\d.]+%|never answered) \| {recall:.1%} \|", text)
 
 
+@pytest.mark.slow
 def test_a_run_without_mistakes_has_a_report(finished, tmp_path):
     for name in ("config.json", "environment.json", "summary.txt", "history.json"):
         (tmp_path / name).write_bytes((finished / name).read_bytes())
@@ -104,6 +107,7 @@ def test_names_of_classes_are_shown_as_they_are_and_are_no_markup():
     assert not re.search(r"(?<!\\)[<$*_]", text.replace("**", "").partition("![")[0])
 
 
+@pytest.mark.slow
 def test_no_text_from_outside_steers_the_report_the_figures_or_the_page(finished, tmp_path):
     evil = "x\x1b[31m|y\n# Heading\n```\n<script>alert(1)</script> ![i](http://h) \udce9 \u202e"
     for name in ("summary.txt", "history.json", "lr_finder.json", "environment.json", "config.json"):
@@ -179,6 +183,7 @@ def test_the_precision_that_was_used_is_told(asked, used, shown):
     assert shown in headline(config, make_history(1.0), make_predictions([0], [0]), "abc", used)
 
 
+@pytest.mark.slow
 def test_what_auto_became_is_recorded_as_the_run_begins(finished):
     assert stored(finished, "environment")["precision"] == "fp32"
 
@@ -276,6 +281,7 @@ def test_mistakes_are_a_table_with_files_where_there_are_files(tmp_path):
     assert r"| #1 | x, y \|.png |" in numbers(CONFIG, np.array([1, 3]), files)
 
 
+@pytest.mark.slow
 def test_the_line_that_shows_an_image_shows_that_image(finished, monkeypatch):
     from PIL import Image
 
@@ -296,6 +302,7 @@ def test_an_image_of_a_folder_is_read_as_the_run_read_it():
     assert "load_split('folder', 'test', 'my pictures', image_size=48, fit='pad').images[3]" in text
 
 
+@pytest.mark.slow
 def test_the_page_holds_its_figures(finished):
     page = (finished / "report.html").read_text()
     text = (finished / "report.md").read_text()

@@ -139,7 +139,7 @@ def start(*flags, cwd=ROOT):
 def test_a_signal_in_the_range_test_ends_it_with_one_line_and_the_same_command_starts_again(
     tmp_path, number, code
 ):
-    flags = ["--width", "32", "--epochs", "1", "--output", str(tmp_path / "r")]
+    flags = ["--width", "16", "--epochs", "1", "--output", str(tmp_path / "r")]
     process = start(*flags)
     while not process.stdout.readline().startswith("range test"):
         pass

@@ -319,6 +319,7 @@ def shown_in(figure):
     return " ".join(text.get_text() for text in figure.findobj(Text))
 
 
+@pytest.mark.slow
 def test_names_are_drawn_in_whatever_installed_font_has_their_letters(sample, tiny, box_font):
     names = ["猫", "a 🐦", "b 猫\u200d🐦\ufe0f", *CLASSES[3:]]
     for figure in [*figures_of(sample, tiny, names), visualize.plot_history({"猫": make_history()})]:
@@ -326,6 +327,7 @@ def test_names_are_drawn_in_whatever_installed_font_has_their_letters(sample, ti
         assert "猫" in text and "apt install" not in text
 
 
+@pytest.mark.slow
 def test_names_that_no_font_has_become_numbers_with_a_cure_and_without_a_warning(
     sample, tiny, monkeypatch
 ):
@@ -342,7 +344,7 @@ def test_names_that_no_font_has_become_numbers_with_a_cure_and_without_a_warning
 NAMES = [f"a very long name of a class, number {k}, indeed" for k in range(9)] + ["n" * 60]
 
 
-@pytest.mark.parametrize("wrong", [1, 20, 30])
+@pytest.mark.parametrize("wrong", [1, *(pytest.param(n, marks=pytest.mark.slow) for n in (20, 30))])
 def test_long_names_lie_beside_each_other_and_within_the_figure(sample, tiny, wrong):
     predictions = make_predictions(sample, wrong)
     for figure in (
@@ -358,6 +360,7 @@ def test_long_names_lie_beside_each_other_and_within_the_figure(sample, tiny, wr
         assert not any(box.padded(-2).overlaps(picture) for box in boxes for picture in pictures)
 
 
+@pytest.mark.slow
 def test_dollars_in_names_are_drawn_and_not_read_as_mathematics(sample, tiny):
     names = ["$", "$$", "$_$", "under $5, over $10", *CLASSES[4:]]
     predictions = make_predictions(sample, 30)
