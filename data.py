@@ -275,7 +275,8 @@ def with_batch_size(config: Config, count: int) -> Config:
         return replace(config, batch_size=size)
     if config.batch_size > count:
         raise ValueError(
-            f"batch_size must be at most the number of training images, {count}, not {config.batch_size}"
+            f"batch_size must be at most the number of training images, {count}, not "
+            f"{config.batch_size}; --batch-size {fitting_batch(count)} fits"
         )
     return config
 

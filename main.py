@@ -213,14 +213,21 @@ def export_command(argv: list[str]) -> None:
         "weights", nargs="?", default=DEFAULT_WEIGHTS, help="as in test (default: %(default)s)"
     )
     parser.add_argument("--format", default="onnx", help=f"{', '.join(FORMATS)} (default: onnx)")
-    parser.add_argument("--output", help="(default: model.onnx or .pt2 in the run, or beside the file)")
+    parser.add_argument(
+        "--output", help="(default: model.onnx or .pt2 in the run, beside the file, or in runs/)"
+    )
     args = parser.parse_args(argv)
     model, card = load_weights(args.weights)
     choose("format", args.format, FORMATS)
     source = Path(args.weights)
-    source = source / "model" if source.is_dir() else source
+    if source.is_dir():
+        source /= "model"
+    elif not source.is_file():  # the name of one in weights/
+        source = Path("runs", source)
     path = Path(args.output or source.with_suffix(FORMATS[args.format]))
-    if not path.parent.is_dir():
+    if not args.output:
+        path.parent.mkdir(exist_ok=True)
+    elif not path.parent.is_dir():
         raise ValueError(f"there is no folder {path.parent}")
     images = load_split("cifar10-sample", "test").images[::10]
     grid = np.arange(card["image_size"]) * images.shape[1] // card["image_size"]

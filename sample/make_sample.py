@@ -7,14 +7,18 @@ import json
 import numpy as np
 from PIL import Image
 
-from sources.cifar10 import SAMPLE, load_cifar10
+from sources.cifar10 import CLASSES, SAMPLE, load_cifar10
 
 COLUMNS = 50
 SEED = 0
+PICTURES = ("cat", "ship")  # classes whose first test image is a file of its own, for examples
 
 
 def main() -> None:
-    """Write train.png, test.png and sample.json: as many images of each class, chosen by SEED."""
+    """Write train.png, test.png and sample.json: as many images of each class, chosen by SEED.
+
+    The first test images of `PICTURES` are written as files of their own, too.
+    """
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--data", default="datasets")
     root = parser.parse_args().data
@@ -28,6 +32,8 @@ def main() -> None:
         mosaic = images.reshape(-1, COLUMNS, 32, 32, 3).swapaxes(1, 2).reshape(-1, COLUMNS * 32, 3)
         Image.fromarray(mosaic).save(SAMPLE / f"{split}.png", optimize=True)
         card[split] = {"sha256": hashlib.sha256(images.data).hexdigest(), "index": index.tolist()}
+    for name in PICTURES:  # `images` are those of the test set, 100 of each class in turn
+        Image.fromarray(images[100 * CLASSES.index(name)]).save(SAMPLE / f"{name}.png", optimize=True)
     (SAMPLE / "sample.json").write_text(json.dumps(card))
 
 

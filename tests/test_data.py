@@ -64,6 +64,15 @@ def test_a_changed_sample_is_refused(tmp_path, monkeypatch):
         load_split("cifar10-sample", "test")
 
 
+@pytest.mark.parametrize("name", ["cat", "ship"])
+def test_the_pictures_for_examples_are_test_images_that_the_weights_of_the_repository_know(name, capsys):
+    path = cifar10.SAMPLE / f"{name}.png"
+    test, label = load_split("cifar10-sample", "test"), cifar10.CLASSES.index(name)
+    assert np.array_equal(np.array(Image.open(path)), test.images[test.labels == label][0])
+    assert main.main(["predict", str(path), "--top", "1"]) == 0
+    assert capsys.readouterr().out.startswith(f"{path}: {name} ")
+
+
 def test_statistics_are_those_of_numpy(sample):
     mean, std = statistics(sample.images)
     pixels = sample.images.reshape(-1, 3) / 255

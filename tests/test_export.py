@@ -1,5 +1,6 @@
 import io
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -78,6 +79,7 @@ def test_an_exported_network_takes_pixels_and_answers_as_the_model_does(format, 
     assert 0 <= difference < 1e-4
 
 
+@pytest.mark.slow
 def test_the_classes_and_the_layout_go_with_it(format, sample, tmp_path, tiny):
     path = tmp_path / "there"
     export.export_model(path, tiny, make_card(), format, sample.images[:5])
@@ -130,6 +132,13 @@ def test_a_weights_file_is_exported_beside_itself(tmp_path, monkeypatch):
     monkeypatch.setattr(export, "export_model", lambda path, *rest: path.touch() or 0.0)
     assert main.main(["export", str(tmp_path / "cats.safetensors")]) == 0
     assert (tmp_path / "cats.onnx").is_file()
+
+
+def test_weights_of_the_repository_are_exported_among_the_runs(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(export, "export_model", lambda path, *rest: path.touch() or 0.0)
+    assert main.main(["export", "--format", "torch"]) == 0
+    assert [str(path) for path in Path().rglob("*")] == ["runs", "runs/custom_resnet.pt2"]
 
 
 @pytest.mark.parametrize(

@@ -930,6 +930,14 @@ def test_a_refused_run_leaves_no_folder(tmp_path):
     assert not (tmp_path / "r").exists()
 
 
+def test_a_small_dataset_of_ones_own_is_told_which_batch_fits(sample, tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(sources.DATASETS, "svhn", lambda split, *_: sample)  # 200 images, by code
+    assert main.main(["--dataset", "svhn", "--output", str(tmp_path / "r")]) == 2
+    printed = capsys.readouterr().err
+    assert printed.count("\n") == 1
+    assert "the number of training images, 200, not 512; --batch-size 16 fits" in printed
+
+
 @pytest.mark.parametrize(
     "wrong",
     [
