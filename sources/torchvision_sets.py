@@ -25,10 +25,11 @@ class Fetched(NamedTuple):
     files: tuple[str, ...]  # as they are fetched, below the data folder
     ask: Callable[[str], dict] = lambda split: {"train": split == "train"}
     classes: tuple[str, ...] = ()  # where torchvision has no names
-    unpacked: dict[str, str] = {}  # MD5 of files whose archives alone torchvision checks
+    unpacked: dict[str, str] = {}  # MD5 of unpacked files, where torchvision checks the archives alone
 
 
-# What lies in the archives whose MD5 torchvision knows.
+# Of MNIST and its relatives torchvision checks the archives alone, not what it unpacks from them and then
+# reads. These are the output of `md5sum datasets/FashionMNIST/raw/*-ubyte`; KMNIST or EMNIST needs the like.
 FASHION = {
     "FashionMNIST/raw/train-images-idx3-ubyte": "f4a8712d7a061bf5bd6d2ca38dc4d50a",
     "FashionMNIST/raw/train-labels-idx1-ubyte": "9018921c3c673c538a1fc5bad174d6f9",
