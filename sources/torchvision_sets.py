@@ -28,8 +28,8 @@ class Fetched(NamedTuple):
     unpacked: dict[str, str] = {}  # MD5 of unpacked files, where torchvision checks the archives alone
 
 
-# Of MNIST and its relatives torchvision checks the archives alone, not what it unpacks from them and then
-# reads. These are the output of `md5sum datasets/FashionMNIST/raw/*-ubyte`; KMNIST or EMNIST needs the like.
+# Of MNIST and its relatives torchvision checks the archives alone, not the unpacked files that it reads.
+# These sums come from `md5sum datasets/FashionMNIST/raw/*-ubyte`; KMNIST or EMNIST needs its own.
 FASHION = {
     "FashionMNIST/raw/train-images-idx3-ubyte": "f4a8712d7a061bf5bd6d2ca38dc4d50a",
     "FashionMNIST/raw/train-labels-idx1-ubyte": "9018921c3c673c538a1fc5bad174d6f9",
