@@ -24,9 +24,18 @@ from training.guards import signals_noted
 from training.loops import fit_model, predict
 from training.lr_finder import LRFinderResult, find_lr, read_finder
 from training.optim import make_optimizer, one_cycle
-from training.progress import unfailing_output, watched
+from training.progress import step_seconds, unfailing_output, watched
 from transforms import normalize, test_transform
-from utils import History, environment, get_device, name_of, pick_precision, seed_everything, summarize
+from utils import (
+    History,
+    environment,
+    get_device,
+    name_of,
+    pick_precision,
+    seed_everything,
+    show_duration,
+    summarize,
+)
 from weights_file import load_weights
 
 
@@ -149,6 +158,8 @@ def execute(
 ) -> Path:
     """Find the rate, train, and report, in a run folder that is open; then others may use it."""
     with unlocked_after(folder):
+        if not config.resume:
+            print_estimate(config, device, loaders, model)
         finder = None
         if config.lr is None:
             finder = range_test(config, device, loaders, model, optimizer, folder)
@@ -167,6 +178,19 @@ def execute(
         )
         report_run(config, device, loaders, model, folder)
     return folder
+
+
+def print_estimate(config: Config, device: torch.device, loaders: Loaders, model: nn.Module) -> None:
+    """Say how long the run will take on this machine, by a few steps on a copy of the network."""
+    dataset, side = dataset_of(loaders.train), config.image_size
+    images = torch.zeros(dataset.batch_size, 3, side, side, device=device)
+    seconds = step_seconds(model, images.to(memory_format=torch.channels_last), config.precision)
+    steps = len(loaders.train) * config.epochs + 100 * (config.lr is None)  # the range test has 100
+    # Evaluation has no backward pass, which takes two thirds of a step. The report evaluates once more.
+    steps += len(loaders.validation or loaders.test) * (config.epochs + 1) / 3
+    long = seconds * steps > 1800 and config.model == "custom_resnet"
+    hint = "; --recipe quick takes minutes" * long
+    print(f"about {show_duration(seconds * steps)}, by three steps on this machine{hint}", flush=True)
 
 
 def range_test(

@@ -30,7 +30,7 @@ from config import Config, parse_config
 from data import make_loader
 from sources import cifar10
 from sources.split import statistics
-from training import lr_finder, optim
+from training import lr_finder, optim, progress
 from transforms import normalize, train_transform
 from transforms import test_transform as evaluation_transform
 from visualize import plot_gradcam, plot_misclassified
@@ -708,6 +708,43 @@ def test_a_constant_rate_needs_no_schedule(tmp_path, monkeypatch):
     monkeypatch.setattr("run.report_run", lambda *arguments: None)
     assert main.main([*SMOKE, "--scheduler", "none", "--output", str(tmp_path / "r")]) == 0
     assert utils.History.load(tmp_path / "r").lrs == [0.01] * 6
+
+
+@pytest.mark.parametrize(
+    "model, seconds, expected",
+    [
+        # 3 steps an epoch, 2 epochs; 2 batches are evaluated after each and for the report, at a third
+        (
+            "custom_resnet",
+            450.0,
+            "about 60.0 minutes, by three steps on this machine; --recipe quick takes",
+        ),
+        ("resnet18", 450.0, "about 60.0 minutes, by three steps on this machine\n"),
+        ("custom_resnet", 1.0, "about 8 seconds, by three steps on this machine\n"),
+    ],
+)
+def test_a_run_says_how_long_it_will_take(model, seconds, expected, monkeypatch, capsys):
+    config = Config(
+        model=model,
+        lr=0.1,
+        dataset="cifar10-sample",
+        epochs=2,
+        batch_size=64,
+        max_train_batches=3,
+        max_test_batches=2,
+    )
+    monkeypatch.setattr(run, "step_seconds", lambda *_: seconds)
+    run.print_estimate(config, CPU, data.make_loaders(config), nn.Identity())
+    assert expected in capsys.readouterr().out
+
+
+def test_timing_a_network_moves_nothing_in_it():
+    model, _ = build()
+    before, draws = copy.deepcopy(model.state_dict()), torch.get_rng_state()
+    assert progress.step_seconds(model, torch.zeros(4, 3, 32, 32), "fp32") > 0
+    assert all(torch.equal(x, before[name]) for name, x in model.state_dict().items())
+    assert torch.equal(torch.get_rng_state(), draws)
+    assert all(parameter.grad is None for parameter in model.parameters())
 
 
 @pytest.mark.slow
