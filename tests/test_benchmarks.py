@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import common, gpu, overhead, start, step, tables, time_to_accuracy
+from benchmarks import common, gpu, host, overhead, start, step, tables, time_to_accuracy
 from benchmarks import input as input_benchmark
 from benchmarks.peers import __main__ as peers
 from benchmarks.peers import one
@@ -69,6 +69,12 @@ def test_step_claims_a_multiple_where_the_cpu_computes_in_bf16(tmp_path, monkeyp
     monkeypatch.setattr(step, "pick_precision", lambda *_: dtype)
     (claim,) = result_of(step, tmp_path)["claims"]
     assert claim["target"] == least
+
+
+def test_host_compares_train_with_a_bare_loop_and_times_its_parts(tmp_path):
+    rows = [row["variant"] for row in result_of(host, tmp_path)["rows"]]
+    assert rows[:2] == ["bare loop", "train"]
+    assert rows[2:] == [f"part: {name}" for name in host.parts()]
 
 
 def test_overhead_compares_fit_model_with_a_bare_loop_at_two_widths(tmp_path):

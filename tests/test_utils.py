@@ -488,3 +488,17 @@ def test_six_views_are_an_image_and_its_mirror_image_in_three_places():
     for (share, view), (wanted, image) in zip(utils.six_views(images), expected, strict=True):
         assert share == wanted
         assert torch.equal(view, image)
+
+
+def test_numbers_drawn_under_a_seed_are_those_of_manual_seed_and_later_ones_are_not_moved():
+    torch.manual_seed(5)
+    expected = torch.rand(3)
+    torch.manual_seed(1)
+    following = torch.rand(3)
+    torch.manual_seed(1)
+    with utils.seeded(5, CPU):
+        drawn = torch.rand(3)
+    assert torch.equal(drawn, expected)
+    assert torch.equal(torch.rand(3), following)
+    with pytest.raises(ZeroDivisionError), utils.seeded(5, CPU):
+        1 / 0  # noqa: B018

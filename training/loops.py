@@ -54,6 +54,7 @@ from utils import (
     make_scaler,
     name_of,
     pick_precision,
+    seeded,
     six_views,
 )
 
@@ -175,9 +176,8 @@ def train_steps(
         images, labels = to_device(*check_batch(batch, state.classes), device)
         with signals.held():
             lr = float(optimizer.param_groups[0]["lr"])
-            with torch.random.fork_rng([device] if device.type == "cuda" else []):
-                key = [settings.seed, DROPOUT, epoch_state.epoch, epoch_state.steps]
-                torch.manual_seed(int(np.random.default_rng(key).integers(2**63)))
+            key = [settings.seed, DROPOUT, epoch_state.epoch, epoch_state.steps]
+            with seeded(int(np.random.default_rng(key).integers(2**63)), device):
                 train_step(forward, images, labels, state, epoch_state, settings)
             if state.scheduler is not None:
                 state.scheduler.step()
@@ -213,17 +213,18 @@ def train_step(
     with autocast(images.device, settings.precision):
         logits = forward(images)
         loss = F.cross_entropy(logits, labels, label_smoothing=settings.label_smoothing)
-    all_before = epoch_state.totals[2] == epoch_state.steps  # totals[2] counts the finite steps
-    finite = torch.isfinite(loss.detach()) & all_before
+    sound = epoch_state.totals[2] == epoch_state.steps  # totals[2] counts the finite steps
     if labels.device.type != "cpu":  # without waiting: cross-entropy leaves out a label of -100
-        finite = finite & (labels >= 0).all()
+        sound = sound & (labels >= 0).all()
     if scaler.is_enabled():  # it looks at gradients alone, so make them NaN where the loss is not finite
-        loss = loss * torch.where(finite, 1.0, math.nan)
+        loss = loss * torch.where(torch.isfinite(loss.detach()) & sound, 1.0, math.nan)
     scaler.scale(loss).backward()
+    must_be_finite = loss.detach()
     if not scaler.is_enabled():
-        gradients = [p.grad for group in optimizer.param_groups for p in group["params"]]
-        norm = nn.utils.get_total_norm([g for g in gradients if g is not None])
-        finite = finite & torch.isfinite(norm)
+        parameters = [p for group in optimizer.param_groups for p in group["params"]]
+        norm = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+        must_be_finite = must_be_finite + norm  # which it is if both are
+    finite = torch.isfinite(must_be_finite) & sound
     hits = (logits.argmax(1) == labels).sum()
     sums = torch.stack([loss.detach().float() * len(labels), hits.float(), finite.float()])
     epoch_state.totals += sums
