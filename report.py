@@ -104,7 +104,9 @@ def print_columns(rows: list[list[str]], width: int) -> None:
 def write_report(
     folder: str | Path, model: nn.Module, loaders: Loaders, predictions: Predictions
 ) -> Path:
-    """Write report.md, the same as report.html, their figures and mistakes.csv into a run folder.
+    """Write report.md, the same as report.html, their figures and two tables into a run folder.
+
+    The tables are predictions.csv, of every test image, and mistakes.csv.
 
     Args:
         folder: of a run; its config, machine, history and range test are read.
@@ -123,7 +125,7 @@ def write_report(
     draw_training(folder, config, history, finder, loaders)
     layers = draw_results(folder, model, loaders, predictions)
     files = getattr(dataset_of(loaders.test).split, "files", None)
-    write_mistakes(folder, predictions, loaders.classes, files)
+    write_answers(folder, predictions, loaders.classes, files)
     classes = class_names(loaders.classes)
     parts = [
         headline(config, history, predictions, classes, facts.get("precision", config["precision"])),
@@ -150,18 +152,29 @@ def class_names(classes: Sequence[str]) -> list[str]:
     return [escape(name) for name in classes]
 
 
-def write_mistakes(
+def write_answers(
     folder: Path, predictions: Predictions, classes: Sequence[str], files: Sequence[str] | None
 ) -> None:
-    """mistakes.csv: every misclassified image, that of the highest probability first."""
-    table = io.StringIO()
-    writer = csv.writer(table, lineterminator="\n")
-    writer.writerow(["index", *(["file"] if files else []), "true", "predicted", "probability"])
-    for k in predictions.misclassified():
-        file = [plain(files[k])] if files else []
-        answers = [plain(classes[label]) for label in (predictions.labels[k], predictions.predicted[k])]
-        writer.writerow([k, *file, *answers, f"{predictions.probabilities[k].max():.6f}"])
-    write_whole(folder / "mistakes.csv", table.getvalue())
+    """predictions.csv, a row for each test image, and mistakes.csv, the most confident mistake first."""
+    every = range(len(predictions.labels))
+    for name, heads, indices in (
+        ("predictions.csv", ("image", "label"), every),
+        ("mistakes.csv", ("index", "true"), predictions.misclassified()),
+    ):
+        table = io.StringIO()
+        writer = csv.writer(table, lineterminator="\n")
+        writer.writerow([heads[0], *(["file"] if files else []), heads[1], "predicted", "probability"])
+        writer.writerows(answer(k, predictions, classes, files) for k in indices)
+        write_whole(folder / name, table.getvalue())
+
+
+def answer(
+    index: int, predictions: Predictions, classes: Sequence[str], files: Sequence[str] | None
+) -> list:
+    """A row of such a table: the image's number, its file if it has one, its class and the answer."""
+    file = [plain(files[index])] if files else []
+    answers = [plain(classes[k]) for k in (predictions.labels[index], predictions.predicted[index])]
+    return [index, *file, *answers, f"{predictions.probabilities[index].max():.6f}"]
 
 
 def to_html(text: str, folder: Path) -> str:

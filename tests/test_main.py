@@ -614,6 +614,7 @@ def test_a_run_leaves_everything_in_its_folder(finished):
         "report.md",
         "report.html",
         "mistakes.csv",
+        "predictions.csv",
         ".lock",
     }
     assert Config(**json.loads((finished / "config.json").read_text())).max_train_batches == 3

@@ -8,7 +8,7 @@ import pytest
 import main
 from config import Config, parse_config
 from data import make_loaders
-from report import class_names, comparison, write_mistakes, write_report
+from report import class_names, comparison, write_answers, write_report
 from reporting import lettering
 from reporting.findings import (
     calibration_section,
@@ -269,13 +269,18 @@ def test_close_is_a_number():
     assert said in repeat_section(CONFIG, "", predictions) and "about 4.0 points" in said
 
 
-def test_mistakes_are_a_table_with_files_where_there_are_files(tmp_path):
+def test_answers_are_tables_with_files_where_there_are_files(tmp_path):
     predictions = make_predictions([0, 1, 1, 2], [0, 0, 1, 0])
-    write_mistakes(tmp_path, predictions, "abc", None)
+    write_answers(tmp_path, predictions, "abc", None)
+    every = (tmp_path / "predictions.csv").read_text().splitlines()
+    assert every[:3] == ["image,label,predicted,probability", "0,a,a,1.000000", "1,a,b,1.000000"]
+    assert len(every) == 5
     lines = (tmp_path / "mistakes.csv").read_text().splitlines()
     assert lines == ["index,true,predicted,probability", "1,a,b,1.000000", "3,a,c,1.000000"]
     files = ("w.png", "x, y\n|.png", "z.png", "last.png")
-    write_mistakes(tmp_path, predictions, "abc", files)
+    write_answers(tmp_path, predictions, "abc", files)
+    every = (tmp_path / "predictions.csv").read_text().splitlines()
+    assert every[0] == "image,file,label,predicted,probability" and every[4] == "3,last.png,a,c,1.000000"
     lines = (tmp_path / "mistakes.csv").read_text().splitlines()
     assert lines[:2] == ["index,file,true,predicted,probability", '1,"x, y |.png",a,b,1.000000']
     assert r"| #1 | x, y \|.png |" in numbers(CONFIG, np.array([1, 3]), files)
