@@ -190,6 +190,13 @@ class Config:
         return {name: value for name, value in asdict(self).items() if name not in STORAGE_FIELDS}
 
     @property
+    def recipe(self) -> dict:
+        """What runs have in common that differ in their seed alone."""
+        return {
+            name: value for name, value in self.identity.items() if name not in ("seed", *MAY_DIFFER)
+        }
+
+    @property
     def fit_options(self) -> dict:
         """The keyword arguments of `fit_model` that are plain fields."""
         names = ("precision", "label_smoothing", "ema_decay", "seed", "compile", "tta")

@@ -10,6 +10,7 @@ from torch import nn
 
 from config import Config, command_of
 from data import Loaders, dataset_of
+from reporting.evidence import chance
 from reporting.findings import (
     accuracy_interval,
     counted,
@@ -261,6 +262,8 @@ def repeat_section(config: dict, machine: str, predictions: Predictions) -> str:
     """The command, the machine, and every field of the run."""
     usual = asdict(Config(dataset=config["dataset"])) | {"dataset": Config.dataset}
     low, high = accuracy_interval(predictions)
+    said = chance(Config(**config).recipe)
+    known = f"Of this recipe, {said} " if said else ""
     rows: dict[bool, list[list[str]]] = {True: [], False: []}
     for name, value in config.items():
         rows[value != usual[name]].append([escape(name), "" if value is None else escape(value)])
@@ -274,7 +277,7 @@ def repeat_section(config: dict, machine: str, predictions: Predictions) -> str:
         "On a CPU, the same versions and number of threads give the same bits. Another seed gives "
         f"another result. Two runs whose accuracies on these {len(predictions.labels):,} images are "
         f"within about {100 * (high - low) / 2**0.5:.1f} points are close: the choice of the images "
-        "alone can make such a difference. Compare the means of several seeds.",
+        "alone can make such a difference. " + known + "Compare the means of several seeds.",
         "Settings that differ from the defaults:",
         changed,
         details(

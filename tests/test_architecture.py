@@ -34,6 +34,7 @@ ROOMS = {
     "reporting": {
         "gradcam": 0,
         "lettering": 0,
+        "evidence": 0,
         "findings": 0,
         "markup": 1,
         "sections": 1,
