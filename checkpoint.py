@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from config import Config, check_same_settings, check_version
+from config import RUN_FILE, SEEDS_FILE, Config, check_same_settings, check_version
 from files import Mirror, lock_folder, read_bytes, reason, unlock_folder, write_whole
 from utils import Epoch, EpochState, History, environment, plain_state
 from weights_file import save_weights, weights_content
@@ -400,7 +400,7 @@ def read_files(folder: Path, *names: str) -> list:
         ValueError: one is not there, or not what this package writes; it is named.
     """
     readers = {
-        "config.json": lambda path: Config(**json.loads(read_bytes(path))),
+        **dict.fromkeys((RUN_FILE, SEEDS_FILE), lambda path: Config(**json.loads(read_bytes(path)))),
         "environment.json": lambda path: "{machine}; {versions}".format(**json.loads(read_bytes(path))),
         "history.json": lambda path: finished(History.load(path.parent)),
     }

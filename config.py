@@ -15,11 +15,12 @@ from sources import DATASETS
 from sources.folder import FITS
 from utils import choose, nearest
 
-# Where a run is kept and how often: fields that say nothing about what it is.
-STORAGE_FIELDS = ("output", "resume", "mirror", "checkpoint_seconds")
+# Where a run is kept, how often, and with how many others: fields that say nothing about what it is.
+STORAGE_FIELDS = ("output", "resume", "mirror", "checkpoint_seconds", "seeds")
 # Fields that may differ between a run and its continuation: they change no number.
 MAY_DIFFER = ("data", "device")
-
+# What describes a run in its folder, and several seeds of one in the folder above theirs.
+RUN_FILE, SEEDS_FILE = "config.json", "seeds.json"
 
 CHOICES = {
     "model": tuple(MODELS),
@@ -132,6 +133,7 @@ class Config:
     compile: bool = setting(False, "torch.compile the network: slow at first; meant for a GPU")
     device: str = setting("auto", "cpu, cuda, cuda:1, mps; auto: the fastest there is")
     seed: int = setting(0, "of weights, order and augmentation", low=0, high=2**32 - 1)
+    seeds: int | None = setting(None, "so many runs, with seeds from --seed on; none: one run", low=1)
     deterministic: bool = setting(False, "on CUDA, only kernels that repeat to the bit; slower")
     output: str | None = setting(None, "run folder; none: runs/MODEL-DATASET-TIME")
     resume: bool = setting(False, "continue the run in --output from its newest whole checkpoint")
@@ -157,6 +159,8 @@ class Config:
             _in_range(item.name, getattr(self, item.name), *item.metadata["range"])
         if self.lr is not None and not (math.isfinite(self.lr) and self.lr > 0):
             raise ValueError(f"lr must be positive and finite, not {self.lr}")
+        if self.seeds and self.seed + self.seeds > 2**32:
+            raise ValueError(f"seeds must be at most {2**32 - self.seed} from there, not {self.seeds}")
         if self.resume and not self.output:
             raise ValueError("resume needs output, the folder of the run to continue")
         side = self.image_size
@@ -264,12 +268,17 @@ def parse_config(argv: list[str], prog: str = "main.py", usage: str | None = Non
         recipe = settings.pop("recipe")
         choose("recipe", recipe, RECIPES)
         settings = RECIPES[recipe] | settings
-        path = Path(settings.get("output") or "", "config.json")
-        if settings.get("resume") and settings.get("output") and path.exists():
-            return resumed(settings, path)
+        if settings.get("resume") and settings.get("output"):
+            for path in described(settings["output"]):
+                return resumed(settings, path)
         return Config(**settings)
     except ValueError as error:
         parser.error(str(error))
+
+
+def described(folder: str | Path) -> list[Path]:
+    """The file that describes the run or the seeds in a folder; none if neither is there."""
+    return [path for path in (Path(folder, RUN_FILE), Path(folder, SEEDS_FILE)) if path.exists()]
 
 
 def resumed(settings: dict[str, Any], path: Path) -> Config:
@@ -285,7 +294,10 @@ def resumed(settings: dict[str, Any], path: Path) -> Config:
         now = Config(**{**stored, **settings})
     except (OSError, TypeError, AttributeError, RecursionError, json.JSONDecodeError) as error:
         raise ValueError(f"{path} is not what a run writes ({error})") from None
-    if any(path.parent.glob("checkpoints/step-*.ckpt")):  # else nothing is trained yet
+    if (now.seeds or 0) < (before.seeds or 0):
+        raise ValueError(f"seeds must be at least {before.seeds}, as {path} says, not {now.seeds}")
+    # A folder of one run in which nothing is trained yet may be begun anew, as something else.
+    if path.name == SEEDS_FILE or any(path.parent.glob("checkpoints/step-*.ckpt")):
         named = {name: value for name, value in now.identity.items() if name in settings}
         check_same_settings(before.identity, named)
     return now

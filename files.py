@@ -188,6 +188,15 @@ def reason(error: Exception) -> str:
     return " ".join(str(error).split())
 
 
+@contextlib.contextmanager
+def bad_input_refused() -> Iterator[None]:
+    """A file that cannot be used in here is bad input, unlike a disk that fails later, during a run."""
+    try:
+        yield
+    except OSError as error:
+        raise ValueError(reason(error)) from None
+
+
 def sync_folder(folder: Path) -> None:
     """Make a rename last through a power cut, on systems that can sync a folder."""
     with contextlib.suppress(OSError):

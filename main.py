@@ -5,23 +5,22 @@ python main.py test RUN                    evaluate a run folder or a weights fi
 python main.py predict IMAGE...            classes and probabilities of image files
 python main.py find-lr --recipe quick      the range test alone
 python main.py report RUN                  write a run's report again
-python main.py compare RUN RUN...          a table of runs, and their curves in one figure
+python main.py compare RUN RUN...          a table, a figure, and what the runs' difference is worth
 python main.py export RUN                  an ONNX file (or --format torch) that answers the same
 """
 
 import argparse
-import contextlib
 import shutil
 import sys
-from collections.abc import Iterator
+import textwrap
 from pathlib import Path
 
 import numpy as np
 
 from checkpoint import check_same_images
-from config import CHOICES, STORAGE_FIELDS, make_parser, parse_config
+from config import CHOICES, STORAGE_FIELDS, described, make_parser, parse_config
 from data import make_loaders
-from files import reason
+from files import bad_input_refused, reason
 from models import MODELS
 from run import (
     check_own_weights,
@@ -33,7 +32,6 @@ from run import (
     prepare,
     range_test,
     read_model,
-    read_runs,
     report_run,
     run,
     run_config,
@@ -66,15 +64,6 @@ __all__ = [
 ]
 
 
-@contextlib.contextmanager
-def bad_input_refused() -> Iterator[None]:
-    """A file that cannot be used in here is bad input, unlike a disk that fails later, during a run."""
-    try:
-        yield
-    except OSError as error:
-        raise ValueError(reason(error)) from None
-
-
 def train_command(argv: list[str]) -> None:
     """main.py [train] [flags]."""
     others = ", ".join(name for name in COMMANDS if name != "train")
@@ -85,9 +74,11 @@ def train_command(argv: list[str]) -> None:
     config = parse_config(argv, usage=usage)
     flags = {word.partition("=")[0] for word in argv if word.startswith("--")}
     storage = {f"--{name.replace('_', '-')}" for name in STORAGE_FIELDS}
-    known = config.mirror or Path(config.output or "", "config.json").exists()
-    if config.resume and flags <= storage and not known:
+    if config.resume and flags <= storage and not (config.mirror or described(config.output or "")):
         raise ValueError(f"there is no run in {config.output} to resume; to begin one, name a --recipe")
+    if config.seeds:
+        run(config)
+        return
     with signals_noted():
         with bad_input_refused():
             ready = prepare(config)
@@ -99,6 +90,8 @@ def find_lr_command(argv: list[str]) -> None:
     from visualize import plot_lr_finder, save_figure
 
     config = parse_config(argv, "main.py find-lr")
+    if config.seeds:
+        raise ValueError("find-lr makes one range test, of --seed: leave --seeds out")
     with bad_input_refused():
         device, loaders, model, optimizer, folder = prepare(config)
     with signals_noted():
@@ -186,19 +179,23 @@ def report_command(argv: list[str]) -> None:
 
 
 def compare_command(argv: list[str]) -> None:
-    """main.py compare RUN RUN...: a table of runs, and a figure of their curves."""
-    from report import comparison, print_columns
+    """main.py compare RUN RUN...: a table, a figure of the curves, and what the difference is worth."""
+    from reporting.comparison import comparison, findings, print_columns, read_groups
     from visualize import plot_history, save_figure
 
-    parser = make_parser("main.py compare", "Compare runs: a table, and their curves in one figure.")
-    parser.add_argument("runs", nargs="+", help="run folders, two or more")
+    parser = make_parser("main.py compare", "Compare runs, those that differ in the seed alone as one.")
+    parser.add_argument("runs", nargs="+", help="run folders, two or more, or folders of --seeds")
     parser.add_argument("--output", help="figure to write (default: compare.png beside the first run)")
     args = parser.parse_args(argv)
-    runs = read_runs(args.runs)
+    groups = read_groups(args.runs)
     path = Path(args.output or Path(args.runs[0]).resolve().parent / "compare.png")
+    histories = {name: [run.history for run in runs] for name, runs in groups.items()}
     with bad_input_refused():
-        save_figure(plot_history({name: history for name, (_, history, _) in runs.items()}), path)
-    print_columns(comparison(runs), shutil.get_terminal_size().columns)
+        save_figure(plot_history(histories), path)
+    width = shutil.get_terminal_size().columns
+    print_columns(comparison(groups), width)
+    for said in findings(groups):
+        print(textwrap.fill(said, max(width, 40), break_long_words=False), end="\n\n")
     print(f"figure {path}")
 
 

@@ -7,13 +7,12 @@ import io
 import json
 import re
 from collections.abc import Sequence
-from dataclasses import asdict, fields
+from dataclasses import asdict
 from pathlib import Path
 
 from torch import nn
 
 from checkpoint import read_files
-from config import STORAGE_FIELDS, Config
 from data import Loaders, dataset_of
 from files import write_whole
 from reporting.findings import calibration_section, classes_section, mistakes_section
@@ -63,42 +62,6 @@ summary {{ cursor: pointer; padding: 0.4rem 0; }}
 </body>
 </html>
 """
-
-
-def comparison(runs: dict[str, tuple[Config, History, str]]) -> list[list[str]]:
-    """Rows of a table with a column for each run; of the settings, those that differ."""
-    configs, histories, parameters = zip(*runs.values(), strict=True)
-    last = [history.epochs[-1] for history in histories]
-    done = [
-        f"{row.epoch}" if row.epoch == config.epochs else f"{row.epoch} of {config.epochs}"
-        for row, config in zip(last, configs, strict=True)
-    ]
-    rows = [["run", *map(plain, runs)], ["model", *(config.model for config in configs)]]
-    rows += [["parameters", *parameters], ["epochs", *done]]
-    for name in [item.name for item in fields(Config) if item.name not in ("model", "epochs", "data")]:
-        values = [getattr(config, name) for config in configs]
-        if name not in STORAGE_FIELDS and len(set(values)) > 1:
-            rows.append([name, *("none" if value is None else str(value) for value in values)])
-    rows.append(["peak rate", *(f"{max(history.lrs):.3g}" for history in histories)])
-    for part in ("train", "val", "test"):
-        stats = [row.stats().get(part) for row in last]
-        if any(stats):
-            rows.append([f"{part} loss", *(f"{s.loss:.4f}" if s else "" for s in stats)])
-            rows.append([f"{part} accuracy", *(f"{s.accuracy:.2%}" if s else "" for s in stats)])
-    rows.append(["seconds", *(f"{sum(row.seconds for row in h.epochs):,.0f}" for h in histories)])
-    return [*rows, ["images/s", *(f"{history.images_per_second:,.0f}" for history in histories)]]
-
-
-def print_columns(rows: list[list[str]], width: int) -> None:
-    """Print a table whose first column names the rows, in lots of as many columns as `width` holds."""
-    head = max(len(row[0]) for row in rows)
-    cell = 2 + max(len(text) for row in rows for text in row[1:])
-    count = max(1, (width - head) // cell)
-    for first in range(1, len(rows[0]), count):
-        for name, *cells in rows:
-            shown = cells[first - 1 : first - 1 + count]
-            print(f"{name:<{head}}" + "".join(f"{text:>{cell}}" for text in shown))
-        print()
 
 
 def write_report(

@@ -14,9 +14,16 @@ from torch.optim.lr_scheduler import OneCycleLR
 from torch.utils.data import DataLoader
 
 from checkpoint import Checkpoints, check_same_images, check_same_run, load_checkpoint, read_files
-from config import MAY_DIFFER, Config
+from config import MAY_DIFFER, RUN_FILE, SEEDS_FILE, Config
 from data import Loaders, dataset_of, make_loader, make_loaders
-from files import lock_folder, read_bytes, unlocked_after, unlocked_on_error, write_whole
+from files import (
+    bad_input_refused,
+    lock_folder,
+    read_bytes,
+    unlocked_after,
+    unlocked_on_error,
+    write_whole,
+)
 from models import make_model
 from sources import load_split
 from sources.split import Split
@@ -27,7 +34,6 @@ from training.optim import make_optimizer, one_cycle
 from training.progress import step_seconds, unfailing_output, watched
 from transforms import normalize, test_transform
 from utils import (
-    History,
     environment,
     get_device,
     name_of,
@@ -55,7 +61,7 @@ def predict_images(
 
 
 def run(config: Config) -> Path:
-    """Train as `config` says and write the run folder.
+    """Train as `config` says and write the run folder; with `config.seeds`, as `run_seeds` does.
 
     Returns:
         The folder, whose report.md tells the rest.
@@ -66,7 +72,50 @@ def run(config: Config) -> Path:
         Stopped: SIGINT or SIGTERM came.
     """
     with unfailing_output(), signals_noted():
-        return execute(config, *prepare(config))
+        return run_seeds(config) if config.seeds else execute(config, *prepare(config))
+
+
+def run_seeds(config: Config) -> Path:
+    """Run `config.seeds` seeds from `config.seed` on, each in a folder of its own below one.
+
+    A seed that is finished is not run again, so that `config.resume` goes on where it stopped, and adds
+    seeds where there are to be more. At the end stand mean, deviation and the mean's 95 % interval.
+
+    Returns:
+        The folder that holds them: seed-0 and so on, and seeds.json.
+    """
+    from reporting.comparison import read_groups, summary  # SciPy takes a second
+
+    with bad_input_refused():
+        folder = claim_folder(config)
+    try:
+        for seed in range(config.seed, config.seed + (config.seeds or 1)):
+            place = folder / f"seed-{seed}"
+            if is_finished(place):
+                print(f"{place} is finished")
+                continue
+            mirror = config.mirror and f"{config.mirror}-seed-{seed}"
+            one = replace(config, seed=seed, seeds=None, output=str(place), mirror=mirror)
+            with bad_input_refused():
+                ready = prepare(one)
+            write_whole(folder / SEEDS_FILE, json.dumps(asdict(config), indent=1))
+            execute(one, *ready)
+            del ready  # its images and network, before those of the next seed come
+    finally:
+        with contextlib.suppress(OSError):
+            folder.rmdir()  # which fails but for an empty one, in which nothing could begin
+    for name, runs in read_groups([str(folder)], least=1).items():
+        print(summary(name, runs))
+    return folder
+
+
+def is_finished(folder: Path) -> bool:
+    """Whether a run has all its epochs and its report."""
+    try:
+        config, history = read_files(folder, RUN_FILE, "history.json")
+    except ValueError:
+        return False
+    return len(history.epochs) >= config.epochs and (folder / "report.html").exists()
 
 
 def prepare(config: Config) -> tuple[torch.device, Loaders, nn.Module, torch.optim.Optimizer, Path]:
@@ -133,6 +182,11 @@ def claim_folder(config: Config) -> Path:
     """A folder that no other run has: `config.output`, or a new one named after model, data and time."""
     if config.output:
         folder = Path(config.output)
+        if config.resume and (folder / (RUN_FILE if config.seeds else SEEDS_FILE)).exists():
+            there = (
+                "one run, which --seeds cannot add to" if config.seeds else "the runs of several seeds"
+            )
+            raise ValueError(f"output {folder} holds {there}; choose another")
         begun = {path.name for path in folder.iterdir()} if folder.exists() else set()
         if not config.resume and begun - BEGINNING:
             raise ValueError(f"output {folder} is there already; --resume it, or choose another")
@@ -311,36 +365,6 @@ def test_images(
         check_same_images(card, {"test_sha256": split.digest()}, config.data)
     whole = replace(config, max_test_batches=None)
     return split, make_loader(split, test_transform(card["mean"], card["std"]), device, whole)
-
-
-def read_runs(folders: list[str]) -> dict[str, tuple[Config, History, str]]:
-    """Configuration, history and number of parameters of run folders.
-
-    Returns:
-        A dict from each run's folder name, or its path where two have the same name, to the three.
-
-    Raises:
-        ValueError: fewer than two of them are runs with an epoch; others are left out, and said to be.
-    """
-    finished, faults = {}, []
-    for path in map(Path, folders):
-        try:
-            finished[path] = read_files(path, "config.json", "history.json")
-        except ValueError as error:
-            faults.append(str(error))
-    if len(finished) < 2:
-        raise ValueError("; ".join([f"compare needs two runs or more, not {len(finished)}", *faults]))
-    for fault in faults:
-        print(f"left out: {fault}")
-    names = [path.resolve().name for path in finished]
-    runs = {}
-    for (path, (config, history)), name in zip(finished.items(), names, strict=True):
-        parameters = "?"
-        with contextlib.suppress(ValueError):  # curves can be compared without the weights
-            parameters = f"{sum(p.numel() for p in load_weights(path)[0].parameters()):,}"
-        label = name if names.count(name) == 1 else str(path)
-        runs[label] = config, history, parameters
-    return runs
 
 
 def check_own_weights(folder: Path, card: dict) -> None:

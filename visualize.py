@@ -7,7 +7,7 @@ notebook, keep it with `save_figure`.
 import io
 import itertools
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
+from matplotlib.patches import Patch
 from matplotlib.ticker import PercentFormatter
 from torch import nn
 
@@ -31,6 +32,7 @@ from utils import History, Predictions, plain, share_interval, show_probability
 COLORS = ("#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9")
 MARKS = ("o", "s", "^", "D", "v")  # five and six: thirty runs until colour and mark repeat together
 TRAINING: dict[str, Any] = {"linestyle": "--", "linewidth": 1, "alpha": 0.7}
+BAND: dict[str, Any] = {"alpha": 0.2, "linewidth": 0}
 MOST_NAMES = 200  # of classes beside a matrix: more could not be read
 CAM_NOTE = (
     "The layer's map has {} x {} places and is enlarged to the image. Colour is evidence for a class: "
@@ -119,11 +121,12 @@ def gallery(images: np.ndarray, titles: Sequence[str], title: str, note: str = "
     return figure
 
 
-def plot_history(histories: dict[str, History]) -> Figure:
+def plot_history(histories: Mapping[str, History | Sequence[History]]) -> Figure:
     """Loss and accuracy of one run or several, each with a colour and a mark of its own.
 
     Solid lines are the test set, or the validation set where a run had one; thin dashed lines are
-    training.
+    training. Of several runs under one name, all as long, the mean is drawn, and a band of one standard
+    deviation to each side of it.
     """
     height = 3.9 + 0.24 * -(-(len(histories) + 1) // 2)
     names = legible(list(histories), "run")
@@ -132,7 +135,8 @@ def plot_history(histories: dict[str, History]) -> Figure:
         axes = figure.subplots(1, 2)
         looks = zip(itertools.cycle(COLORS), itertools.cycle(MARKS), strict=False)
         for name, history, (color, mark) in zip(names, histories.values(), looks, strict=False):
-            draw_curves(axes, name, history, color, mark)
+            runs = [history] if isinstance(history, History) else history
+            draw_curves(axes, name, runs, color, mark)
         for axis, metric in zip(axes, ("loss", "accuracy"), strict=True):
             axis.set(xlabel="epoch", title=metric.capitalize())
             axis.xaxis.get_major_locator().set_params(integer=True)
@@ -144,7 +148,11 @@ def plot_history(histories: dict[str, History]) -> Figure:
         lines = [line for line in axes[1].lines if line.get_linestyle() == "-"]
         label = "training" if len(lines) == 1 else "training, in the same colours"
         training = Line2D([], [], label=label, color=COLORS[0] if len(lines) == 1 else "0.4", **TRAINING)
-        figure.legend(handles=[*lines, training], loc="outside lower center", ncols=2)
+        handles = [*lines, training]
+        if axes[1].collections:
+            band = "mean ± standard deviation of the runs"
+            handles.append(Patch(facecolor="0.4", label=band, **BAND))
+        figure.legend(handles=handles, loc="outside lower center", ncols=2)
     return figure
 
 
@@ -158,20 +166,26 @@ def keep_apart(axis: Axes, least: float) -> None:
         axis.set_ylim((low + high - least) / 2, (low + high + least) / 2)
 
 
-def draw_curves(axes: np.ndarray, name: str, history: History, color: str, mark: str) -> None:
-    """A run's loss and accuracy on two axes; the solid line's label tells how both end."""
-    part = history.epochs[0].parts[1]
-    epochs = [row.epoch for row in history.epochs]
+def draw_curves(axes: np.ndarray, name: str, runs: Sequence[History], color: str, mark: str) -> None:
+    """Loss and accuracy of a run, or the mean of several, on two axes; the label tells how both end."""
+    part = runs[0].epochs[0].parts[1]
+    epochs = [row.epoch for row in runs[0].epochs]
     point = {"marker": mark if len(epochs) == 1 else "", "fillstyle": "none"}
     for axis, metric in zip(axes, ("loss", "accuracy"), strict=True):
         trained, evaluated = (
-            np.array([getattr(row, f"{part}_{metric}") for row in history.epochs], float)
+            np.array([[getattr(row, f"{part}_{metric}") for row in run.epochs] for run in runs], float)
             for part in ("train", part)
         )
-        axis.plot(epochs, trained, color=color, **TRAINING, **point)
+        axis.plot(epochs, trained.mean(0), color=color, **TRAINING, **point)
         style = {"color": color, "marker": mark, "markersize": 5, "linewidth": 2}
-        label = f"{literal(name)}: {part} {evaluated[-1]:.2%}, training {trained[-1]:.2%}"
-        axis.plot(epochs, evaluated, "-", label=label, **style)
+        ends = f"{part} {evaluated[:, -1].mean():.2%}"
+        if len(runs) > 1:
+            mean, spread = evaluated.mean(0), evaluated.std(0, ddof=1)
+            low = np.maximum(mean - spread, 0)  # under which no loss or accuracy can be
+            axis.fill_between(epochs, low, mean + spread, color=color, **BAND)
+            ends = f"{ends.removesuffix('%')} ± {spread[-1]:.2%} ({len(runs)})"
+        label = f"{literal(name)}: {ends}, training {trained[:, -1].mean():.2%}"
+        axis.plot(epochs, evaluated.mean(0), "-", label=label, **style)
 
 
 def plot_lr_finder(result: LRFinderResult, rule: str | None = None) -> Figure:

@@ -277,7 +277,10 @@ def repeat_section(config: dict, machine: str, predictions: Predictions) -> str:
         "On a CPU, the same versions and number of threads give the same bits. Another seed gives "
         f"another result. Two runs whose accuracies on these {len(predictions.labels):,} images are "
         f"within about {100 * (high - low) / 2**0.5:.1f} points are close: the choice of the images "
-        "alone can make such a difference. " + known + "Compare the means of several seeds.",
+        "alone can make such a difference. "
+        + known
+        + "`--seeds 5` runs five seeds, and `python main.py compare` tells whether the means of two "
+        "such folders differ by more than chance.",
         "Settings that differ from the defaults:",
         changed,
         details(

@@ -36,6 +36,7 @@ ROOMS = {
         "lettering": 0,
         "evidence": 0,
         "findings": 0,
+        "comparison": 1,
         "markup": 1,
         "sections": 1,
         "__init__": 2,

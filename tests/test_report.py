@@ -8,7 +8,7 @@ import pytest
 import main
 from config import RECIPES, Config, parse_config
 from data import make_loaders
-from report import class_names, comparison, write_answers, write_report
+from report import class_names, write_answers, write_report
 from reporting import lettering
 from reporting.findings import (
     calibration_section,
@@ -326,17 +326,12 @@ def test_names_that_figures_cannot_show_have_their_numbers_in_the_report(monkeyp
     assert class_names(["a_b", "\u732b"]) == ["0: a_b", "1: \u732b"]
 
 
-def test_names_of_runs_are_compared_without_escapes():
-    runs = {"\x1b[31mone": (Config(), make_history(1.0), "1"), "two": (Config(), make_history(1.0), "1")}
-    assert comparison(runs)[0] == ["run", "[31mone", "two"]
-
-
-def test_the_report_says_how_much_the_seed_is_known_to_move():
+def test_the_report_says_how_much_the_seed_is_known_to_move_and_what_tells_more():
     predictions = make_predictions([0] * 700 + [1] * 300, [0] * 1000)
     quick = repeat_section(asdict(Config(**RECIPES["quick"])), "", predictions)
     assert "3 seeds had a standard deviation of 0.26 points: by the seed alone, two runs" in quick
     other = repeat_section(CONFIG, "", predictions)
-    assert "standard deviation" not in other
+    assert "standard deviation" not in other and "`python main.py compare` tells" in other
 
 
 def test_the_report_tells_how_to_run_it_again_and_where_it_ran(finished):
