@@ -1,10 +1,12 @@
 """Time to accuracy: a recipe's test accuracy at its last epoch and its time, over several seeds.
 
 python -m benchmarks.time_to_accuracy --recipe custom_resnet --seeds 5
+python -m benchmarks.time_to_accuracy --recipe custom_resnet --runs FOLDER
 
 Every seed is a `python main.py`; flags that are not listed below go on to it. A seed that is done is not
-run again, and one that was stopped is resumed, so the command can be given until nothing is left. Each
-recipe and machine has a file in benchmarks/results/accuracy, which is written after every seed.
+run again, and one that was stopped is resumed, so the command can be given until nothing is left. With
+`--runs`, what `main.py --seeds` left in FOLDER is read, and nothing runs. Each recipe and machine has a
+file in benchmarks/results/accuracy, which is written after every seed.
 """
 
 import json
@@ -22,6 +24,8 @@ from benchmarks import common
 from config import RECIPES, Config, parse_config
 from files import write_whole
 from models import make_model
+from reporting.comparison import read_answers, read_groups
+from reporting.evidence import estimate
 from utils import History, environment, get_device, markdown_table
 
 RUNS = common.ROOT / "runs" / "benchmarks"
@@ -34,10 +38,12 @@ def slug(text: str) -> str:
     return re.sub(r"[^a-z0-9.]+", "-", text.lower()).strip("-")
 
 
-def open_record(recipe: str, flags: list[str], folder: Path) -> tuple[Path, dict]:
-    """The file of a recipe on this machine, and what it holds or will hold."""
+def open_record(
+    recipe: str, flags: list[str], folder: Path, facts: dict | None = None
+) -> tuple[Path, dict]:
+    """The file of a recipe on this machine, or on that of `facts`, and what it holds or will hold."""
     config = parse_config(["--recipe", recipe, *flags])
-    facts = environment(get_device(config.device))
+    facts = facts or environment(get_device(config.device))
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"{slug(' '.join([recipe, *flags]))}-on-{slug(facts['machine'])}.json"
     if path.exists():
@@ -51,6 +57,7 @@ def open_record(recipe: str, flags: list[str], folder: Path) -> tuple[Path, dict
         "tta": config.tta,
         "command": shlex.join(["python", "main.py", "--recipe", recipe, *flags]),
         **facts,
+        "settings": config.recipe,
         "runs": [],
     }
 
@@ -93,7 +100,7 @@ def run_seed(
         run["pieces"][-1] = round(time.monotonic() - begin, 2)
         write_record(path, record)
     if code == 0:
-        run |= outcome(log, History.load(place), run["pieces"])
+        run |= outcome(place, run["pieces"])
     elif code not in STOPPED:
         raise RuntimeError(f"{recipe}, seed {seed}: exit code {code}: {log[-1000:]}")
     write_record(path, record)
@@ -135,13 +142,33 @@ def end(process: subprocess.Popen) -> int:
         return STOPPED[0]  # what it wrote before is whole
 
 
-def outcome(log: str, history: History, pieces: list[float | None]) -> dict:
-    """What a run that is done has shown; the accuracy is that which main.py prints at its end."""
-    percent, images = re.findall(r"test accuracy ([\d.]+)% of ([\d,]+) images", log)[-1]
-    rows, known = history.epochs, [piece for piece in pieces if piece is not None]
+def read_seeds(recipe: str, flags: list[str], place: Path, folder: Path) -> None:
+    """Take the finished runs of a folder of `main.py --seeds` into the recipe's file.
+
+    Raises:
+        ValueError: there is none, or they are not of this recipe.
+    """
+    ((name, runs),) = read_groups([place], least=1).items()
+    settings = parse_config(["--recipe", recipe, *flags]).recipe
+    other = [name for name, value in settings.items() if runs[0].config.recipe[name] != value]
+    if other:
+        raise ValueError(f"{name} is not of {recipe}: it differs in {', '.join(other)}")
+    facts = common.read_json(runs[0].folder / "environment.json")
+    facts = {key: facts[key] for key in ("machine", "versions")}
+    path, record = open_record(recipe, flags, folder, facts)
+    for run in runs:
+        entry = run_of(record, run.config.seed)
+        if entry["accuracy"] is None:
+            entry |= outcome(run.folder, [None])
+    write_record(path, record)
+
+
+def outcome(place: Path, pieces: list[float | None]) -> dict:
+    """What a run that is done has shown; the accuracy is that of its last epoch on the test images."""
+    rows, known = History.load(place).epochs, [piece for piece in pieces if piece is not None]
     return {
-        "accuracy": round(float(percent) / 100, 6),
-        "images": int(images.replace(",", "")),
+        "accuracy": rows[-1].test_accuracy,
+        "images": len(read_answers(place)),
         "command_seconds": round(sum(known), 2) if len(known) == len(pieces) else None,
         "training_seconds": round(sum(row.seconds for row in rows), 2),
         "epoch_seconds": [round(row.seconds, 3) for row in rows],
@@ -160,11 +187,12 @@ def summarize(record: dict) -> dict:
     record["runs"].sort(key=lambda run: run["seed"])
     runs = done_runs(record)
     accuracies = [run["accuracy"] for run in runs]
+    found = estimate(accuracies) if runs else None
     return record | {
         "seeds": [run["seed"] for run in runs],
         "accuracies": accuracies,
-        "mean": statistics.mean(accuracies) if runs else None,
-        "deviation": statistics.stdev(accuracies) if len(runs) > 1 else None,
+        "mean": found.mean if found else None,
+        "deviation": found.deviation if found else None,
         "training_seconds": middle([run["training_seconds"] for run in runs]),
         "epoch_seconds": middle([seconds for run in runs for seconds in run["epoch_seconds"]]),
         "command_seconds": middle([run["command_seconds"] for run in runs]),
@@ -221,8 +249,12 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--seeds", type=int, default=5, help="how many, from 0 (default: 5)")
     parser.add_argument("--minutes", type=float, help="stop after so many, to go on another time")
     parser.add_argument("--target", type=float, help="say when each seed first reached this accuracy")
+    parser.add_argument("--runs", type=Path, help="read this folder of main.py --seeds, and run nothing")
     args, flags = parser.parse_known_args(argv)
     folder = common.result_folder(args) / "accuracy"
+    if args.runs:
+        read_seeds(args.recipe, flags, args.runs, folder)
+        return
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # the run is told to stop, too
     deadline = None if args.minutes is None else time.monotonic() + 60 * args.minutes
     for seed in range(args.seeds):

@@ -14,6 +14,8 @@ from benchmarks import common, gpu, host, overhead, start, step, tables, time_to
 from benchmarks import input as input_benchmark
 from benchmarks.peers import __main__ as peers
 from benchmarks.peers import one
+from config import parse_config
+from tests.test_compare import make_seeds
 from utils import Epoch, History
 
 
@@ -177,7 +179,8 @@ def fake_main(monkeypatch, tmp_path):
         folder = Path(flags[flags.index("--output") + 1])
         (folder / "checkpoints").mkdir(parents=True, exist_ok=True)
         History([first, replace(first, epoch=2, test_accuracy=0.5)]).save(folder)
-        return codes.pop(0) if codes else 0, "test accuracy 50.00% of 1,000 images\n"
+        (folder / "predictions.csv").write_text("image,label,predicted,probability\n" + "0,a,a,1\n" * 9)
+        return codes.pop(0) if codes else 0, ""
 
     monkeypatch.setattr(time_to_accuracy, "call_main", call_main)
     monkeypatch.setattr(time_to_accuracy, "RUNS", tmp_path / "runs")
@@ -203,8 +206,24 @@ def test_a_seed_that_is_done_is_not_run_again(fake_main, tmp_path, capsys):
     record = record_in(tmp_path)
     assert (record["seeds"], record["accuracies"], record["deviation"]) == ([0, 1, 2], [0.5] * 3, 0.0)
     assert (record["epochs"], record["training_seconds"], record["epoch_seconds"]) == (2, 6.0, 3.0)
+    assert record["settings"] == parse_config(["--recipe", "quick", "--epochs", "2"]).recipe
+    assert [run["images"] for run in record["runs"]] == [9] * 3
     assert "45.00% after epoch 2, 6.0 s" in capsys.readouterr().out
     assert not list(tmp_path.glob("runs/*/checkpoints"))
+
+
+def test_the_folder_of_seeds_of_a_run_is_read_and_nothing_runs(fake_main, tmp_path, capsys):
+    folder = make_seeds(tmp_path / "five", {0: 0.87, 3: 0.88}, width=16, epochs=2)
+    for place in Path(folder).glob("seed-*"):
+        (place / "environment.json").write_text('{"machine": "a GPU", "versions": "x", "precision": ""}')
+        (place / "predictions.csv").write_text("image,label,predicted,probability\n0,a,a,1\n")
+    command = ["--recipe", "quick", "--epochs", "2", "--runs", folder, "--output", str(tmp_path / "r")]
+    time_to_accuracy.main(command)
+    record = record_in(tmp_path / "r")
+    assert (record["seeds"], record["accuracies"], record["machine"]) == ([0, 3], [0.87, 0.88], "a GPU")
+    assert record["command_seconds"] is None and not fake_main[0]
+    with pytest.raises(ValueError, match="five is not of custom_resnet: it differs in width"):
+        time_to_accuracy.main(["--recipe", "custom_resnet", *command[2:]])
 
 
 def test_a_seed_that_was_stopped_is_resumed_and_its_time_added_up(fake_main, tmp_path, capsys):
