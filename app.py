@@ -18,6 +18,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from training.starting import end_on_signals
+
+if __name__ == "__main__":  # before gradio and PyTorch, which take seconds to load
+    end_on_signals("app.py")
+
 # Gradio's settings in the environment serve any file, run code, open a second server without our guard.
 for name in [
     name for name in os.environ if name.startswith("GRADIO_") or name in ("SYSTEM", "SPACE_ID")
@@ -409,7 +414,8 @@ def main(argv: list[str] | None = None) -> int:
     parser.set_defaults(precision=None)
     given = parser.parse_args(argv)
     try:
-        signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends like Ctrl-C, uploads removed
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, signal.default_int_handler)  # uploads are removed
         check_pillow()
         check_address(given.host, given.port)
         check_names(given.allow_host, given.allow_frame)

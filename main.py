@@ -15,6 +15,11 @@ import sys
 import textwrap
 from pathlib import Path
 
+from training.starting import end_on_signals
+
+if __name__ == "__main__":  # before PyTorch and the rest, which take seconds to load
+    end_on_signals("main.py")
+
 import numpy as np
 
 from checkpoint import check_same_images
@@ -79,10 +84,9 @@ def train_command(argv: list[str]) -> None:
     if config.seeds:
         run(config)
         return
-    with signals_noted():
-        with bad_input_refused():
-            ready = prepare(config)
-        execute(config, *ready)
+    with bad_input_refused():
+        ready = prepare(config)
+    execute(config, *ready)
 
 
 def find_lr_command(argv: list[str]) -> None:
@@ -94,8 +98,7 @@ def find_lr_command(argv: list[str]) -> None:
         raise ValueError("find-lr makes one range test, of --seed: leave --seeds out")
     with bad_input_refused():
         device, loaders, model, optimizer, folder = prepare(config)
-    with signals_noted():
-        finder = range_test(config, device, loaders, model, optimizer, folder)
+    finder = range_test(config, device, loaders, model, optimizer, folder)
     save_figure(plot_lr_finder(finder, config.lr_rule), folder / "lr_finder.png")
     print(f"figure {folder / 'lr_finder.png'}")
 
@@ -273,10 +276,10 @@ def main(argv: list[str] | None = None) -> int:
     command, rest = (argv[0], argv[1:]) if named else ("train", argv)
     try:
         choose("command", command, COMMANDS)
-        with unfailing_output():
+        with unfailing_output(), signals_noted():
             COMMANDS[command](rest)
     except Stopped as stop:
-        print(f"main.py: {stop}; --resume continues the run", file=sys.stderr)
+        print(f"main.py: {stop}", file=sys.stderr)
         return 128 + stop.number
     except KeyboardInterrupt:
         print("main.py: interrupted", file=sys.stderr)

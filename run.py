@@ -4,6 +4,7 @@ import argparse
 import contextlib
 import json
 import time
+from collections.abc import Iterator
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -27,7 +28,7 @@ from files import (
 from models import make_model
 from sources import load_split
 from sources.split import Split
-from training.guards import signals_noted
+from training.guards import Stopped, signals_noted
 from training.loops import fit_model, predict
 from training.lr_finder import LRFinderResult, find_lr, read_finder
 from training.optim import make_optimizer, one_cycle
@@ -211,7 +212,7 @@ def execute(
     folder: Path,
 ) -> Path:
     """Find the rate, train, and report, in a run folder that is open; then others may use it."""
-    with unlocked_after(folder):
+    with unlocked_after(folder), resumable_when_stopped():
         if not config.resume:
             print_estimate(config, device, loaders, model)
         finder = None
@@ -245,6 +246,16 @@ def print_estimate(config: Config, device: torch.device, loaders: Loaders, model
     long = seconds * steps > 1800 and config.model == "custom_resnet"
     hint = "; --recipe quick takes minutes" * long
     print(f"about {show_duration(seconds * steps)}, by three steps on this machine{hint}", flush=True)
+
+
+@contextlib.contextmanager
+def resumable_when_stopped() -> Iterator[None]:
+    """Let a signal's message say how the run goes on."""
+    try:
+        yield
+    except Stopped as stop:
+        stop.args = (f"{stop}; --resume continues the run",)
+        raise
 
 
 def range_test(

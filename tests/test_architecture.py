@@ -52,6 +52,7 @@ ROOMS = {
         "__init__": 2,
     },
     "training": {
+        "starting": 0,
         "guards": 0,
         "inputs": 0,
         "optim": 0,
@@ -116,12 +117,13 @@ def test_no_file_of_the_package_is_over_500_lines():
 def test_importing_everything_is_silent_and_asks_for_no_network_or_device():
     there = {"app", "serving"} if find_spec(EXTRAS["app"]) else set()  # Lightning itself is not silent
     code = (
-        "import socket, torch\n"
+        "import signal, socket, torch\n"
         "def refuse(*arguments): raise SystemExit('a connection was tried')\n"
         "socket.socket.connect = socket.getaddrinfo = refuse\n"
-        "state = torch.get_rng_state()\n"
+        "state, handler = torch.get_rng_state(), signal.getsignal(signal.SIGINT)\n"
         f"import {', '.join(sorted(FLOORS.keys() - EXTRAS.keys() | there))}\n"
         "assert torch.equal(state, torch.get_rng_state()) and not torch.cuda.is_initialized()\n"
+        "assert signal.getsignal(signal.SIGINT) is handler\n"
     )
     done = subprocess.run(
         [sys.executable, "-W", "error", "-c", code], cwd=ROOT, capture_output=True, text=True

@@ -227,3 +227,27 @@ def test_a_wait_for_a_batch_that_never_comes_ends_within_ten_seconds_of_a_signal
     _, errors = process.communicate(timeout=10)
     assert "Stopped: stopped by SIGTERM" in errors
     assert len(list((tmp_path / "r" / "checkpoints").glob("*.ckpt"))) == 2  # the first, and one now
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("program", ["main.py", "app.py"])
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_a_signal_while_a_program_loads_ends_it_with_one_line(program, number, code):
+    process = subprocess.Popen(
+        [sys.executable, "-v", program, "--help"], stderr=subprocess.PIPE, text=True, cwd=ROOT
+    )
+    while not process.stderr.readline().startswith("import 'torch"):  # which Python says by -v
+        pass
+    process.send_signal(number)
+    said = [x for x in process.communicate(timeout=30)[1].splitlines() if x.startswith(program)]
+    assert process.returncode == code
+    assert said == [f"{program}: stopped by {number.name}"]
+
+
+@pytest.mark.parametrize("command", ["test", "predict", "compare"])
+def test_a_signal_ends_every_command_and_promises_no_run_where_there_is_none(
+    command, monkeypatch, capsys
+):
+    monkeypatch.setitem(main.COMMANDS, command, lambda argv: os.kill(os.getpid(), signal.SIGTERM))
+    assert main.main([command]) == 143
+    assert capsys.readouterr().err == "main.py: stopped by SIGTERM\n"
