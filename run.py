@@ -258,6 +258,18 @@ def resumable_when_stopped() -> Iterator[None]:
         raise
 
 
+def earlier_range_test(config: Config, folder: Path) -> LRFinderResult | None:
+    """A run's range test, or at least the two rates of it that its checkpoint has; None: neither."""
+    finder = read_finder(folder)
+    state = None if finder else load_checkpoint(folder / "checkpoints", config.mirror)
+    if state is None:
+        return finder
+    group = state["parts"]["optimizer"]["param_groups"][0]
+    first, peak = (group.get(name, group["lr"]) for name in ("initial_lr", "max_lr"))
+    scale = group.get("lr_scale", 1.0)
+    return LRFinderResult([], [], {"start": first / scale, config.lr_rule: peak / scale})
+
+
 def range_test(
     config: Config,
     device: torch.device,
@@ -268,11 +280,11 @@ def range_test(
 ) -> LRFinderResult:
     """`find_lr` as the run trains; the result is printed and kept as lr_finder.json.
 
-    A run that is continued has it already.
+    A run that is continued has its rates already.
     """
-    finder = read_finder(folder) if config.resume else None
-    if finder:
-        return finder
+    earlier = earlier_range_test(config, folder) if config.resume else None
+    if earlier:
+        return earlier
     if not watched():
         print("range test: up to 100 steps at rising rates", flush=True)
     finder = find_lr(

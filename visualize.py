@@ -192,32 +192,34 @@ def plot_lr_finder(result: LRFinderResult, rule: str | None = None) -> Figure:
     """Loss against rate in a range test, with what each rule suggests; `rule` is drawn bold."""
     losses = np.array(result.losses)
     curve = smooth(finite_losses(result.losses))
+    title = f"Learning-rate range test, {len(losses)} steps"
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(9.5, 4), layout="constrained")
         axis = figure.subplots()
-        axis.plot(result.lrs, losses, color="0.6", linewidth=1.5, label="training loss")
-        axis.plot(result.lrs[: len(curve)], curve, color="0.2", linewidth=2, label="smoothed")
-        for (name, rate), color in zip(result.suggestions.items(), COLORS, strict=False):
-            used = name == rule
-            label = f"{literal(plain(name.replace('_', ' ')))}: {rate:.2e}{' (used)' if used else ''}"
-            axis.axvline(
-                rate,
-                color=color,
-                linestyle="-" if used else "--",
-                label=label,
-                linewidth=2.5 if used else 1.2,
-            )
-        low, first = curve.min(), curve[0]
-        limits = (low - 0.15 * (first - low), first + 0.5 * (first - low) + 0.1)
-        axis.set(
-            xscale="log",
-            xlabel="learning rate",
-            ylabel="loss",
-            ylim=limits,
-            title=f"Learning-rate range test, {len(losses)} steps",
-        )
+        if len(curve):
+            axis.plot(result.lrs, losses, color="0.6", linewidth=1.5, label="training loss")
+            axis.plot(result.lrs[: len(curve)], curve, color="0.2", linewidth=2, label="smoothed")
+            low, first = curve.min(), curve[0]
+            axis.set_ylim(low - 0.15 * (first - low), first + 0.5 * (first - low) + 0.1)
+        else:  # as of a run whose checkpoint alone knows its rates
+            title = "Learning-rate range test, whose losses are lost"
+        draw_suggestions(axis, result.suggestions, rule)
+        axis.set(xscale="log", xlabel="learning rate", ylabel="loss", title=title)
         axis.legend(loc="center left", bbox_to_anchor=(1, 0.5), fontsize=9)
     return figure
+
+
+def draw_suggestions(axis: Axes, suggestions: dict[str, float], rule: str | None) -> None:
+    """A line at each suggested rate; rules that suggest the same share one, so that none is hidden."""
+    rules: dict[float, list[str]] = {}
+    for name, rate in suggestions.items():
+        rules.setdefault(rate, []).append(name)
+    for (rate, names), color in zip(rules.items(), COLORS, strict=False):
+        words = [plain(name.replace("_", " ")) + " (used)" * (name == rule) for name in names]
+        label = literal(",\n".join(words) + f": {rate:.2e}")
+        used: dict[str, Any] = {"linestyle": "-", "linewidth": 2.5}
+        line = used if rule in names else {"linestyle": "--", "linewidth": 1.2}
+        axis.axvline(rate, color=color, label=label, **line)
 
 
 def plot_lr_history(lrs: Sequence[float], steps_per_epoch: int) -> Figure:

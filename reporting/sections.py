@@ -174,7 +174,8 @@ def model_section(config: dict, model: nn.Module, summary: str) -> str:
 def finder_section(config: dict, finder: LRFinderResult | None, history: History) -> str:
     """The range test and what its rules suggest."""
     if finder is None:
-        return f"## Learning rate\n\nThe peak was given. {schedule_line(config, history)}"
+        source = "was given" if config["lr"] else "is that of a range test whose lr_finder.json is gone"
+        return f"## Learning rate\n\nThe peak {source}. {schedule_line(config, history)}"
     rows = [
         [escape(rule.replace("_", " ")), f"{rate:.3e}", "peak" if rule == config["lr_rule"] else ""]
         for rule, rate in finder.suggestions.items()

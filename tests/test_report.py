@@ -19,6 +19,7 @@ from reporting.findings import (
     numbers,
 )
 from reporting.sections import (
+    finder_section,
     gap,
     headline,
     how_evaluated,
@@ -97,6 +98,13 @@ def test_a_run_without_mistakes_has_a_report(finished, tmp_path):
     perfect = Predictions(np.eye(10, dtype=np.float32)[labels], labels)
     text = write_report(tmp_path, model, loaders, perfect).read_text()
     assert "**100.00%**" in text and "\n0 of 1,000 test images are misclassified" in text
+
+
+def test_a_peak_whose_range_test_is_lost_is_not_said_to_be_given(finished):
+    history = History.load(finished)
+    assert "The peak was given." in finder_section(CONFIG | {"lr": 0.1}, None, history)
+    said = finder_section(CONFIG | {"lr": None}, None, history)
+    assert "that of a range test whose lr_finder.json is gone" in said
 
 
 def test_names_of_classes_are_shown_as_they_are_and_are_no_markup():

@@ -12,8 +12,11 @@ import pytest
 
 import main
 import run
+from config import Config
 from files import lock_folder, unlock_folder
+from training import lr_finder
 from utils import History
+from visualize import plot_lr_finder
 
 ROOT = Path(main.__file__).parent
 pytestmark = pytest.mark.usefixtures("unreported")  # but for what runs in a process of its own
@@ -120,6 +123,31 @@ def test_another_runs_weights_make_no_report(stopped, tmp_path, capsys):
     shutil.copy(other / "weights.safetensors", stopped)
     assert main.main(["report", str(stopped)]) == 2
     assert "are another run's: they differ in epochs, lr, seed" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("scheduler", ["onecycle", "none"])
+def test_a_run_whose_range_test_is_lost_resumes_without_another(tmp_path, monkeypatch, scheduler):
+    suggestions = dict.fromkeys(lr_finder.RULES, 0.02) | {"start": 5e-4}
+    finder = lr_finder.LRFinderResult([1e-4, 1e-3], [2.0, 1.0], suggestions)
+    monkeypatch.setattr(run, "find_lr", lambda *_, **__: finder)
+    monkeypatch.setattr(run, "report_run", lambda *_: None)
+    flags = ["--epochs", "2", "--scheduler", scheduler, "--head-lr-scale", "0.5", "--output"]
+    assert main.main([*SMALL, *flags, str(tmp_path / "a")]) == 0
+    whole = History.load(tmp_path / "a")
+    for count in (3, 1):  # checkpoints that are left: all, so that it is finished, or that of epoch 1
+        shutil.copytree(tmp_path / "a", tmp_path / str(count))
+        for path in sorted((tmp_path / str(count) / "checkpoints").glob("*.ckpt"))[count:]:
+            path.unlink()
+        (tmp_path / str(count) / "lr_finder.json").unlink()
+        monkeypatch.setattr(run, "find_lr", lambda *_, **__: pytest.fail("a range test"))
+        assert main.main(["--resume", "--output", str(tmp_path / str(count))]) == 0
+        again = History.load(tmp_path / str(count))
+        assert again.lrs == whole.lrs
+        assert [row.test_loss for row in again.epochs] == [row.test_loss for row in whole.epochs]
+    config = Config(**json.loads((tmp_path / "1" / "config.json").read_text()))
+    figure = plot_lr_finder(run.range_test(config, *[None] * 4, tmp_path / "1"))
+    assert "whose losses are lost" in figure.axes[0].get_title()
 
 
 def start(*flags, cwd=ROOT):

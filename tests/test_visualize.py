@@ -157,6 +157,17 @@ def test_every_figure_is_a_figure_and_none_is_left_open(sample, tiny):
     assert plt.get_fignums() == []
 
 
+def test_rules_that_suggest_the_same_rate_share_a_line_of_which_none_is_hidden():
+    suggestions = {"start": 0.1, "steepest": 0.1, "valley": 0.2, "minimum": 0.2}
+    lrs = np.logspace(-5, 0, 41).tolist()
+    figure = visualize.plot_lr_finder(
+        LRFinderResult(lrs, [2.0] * 20 + [1.0] * 21, suggestions), "valley"
+    )
+    labels = [text.get_text() for text in figure.axes[0].get_legend().get_texts()]
+    assert labels[2:] == ["start,\nsteepest: 1.00e-01", "valley (used),\nminimum: 2.00e-01"]
+    assert [line.get_linestyle() for line in figure.axes[0].lines[2:]] == ["--", "-"]
+
+
 def test_runs_share_a_figure_with_looks_and_legends_of_their_own_and_validation_shows():
     histories = {f"run{k}": make_history(val=k == 1) for k in range(30)}
     figure = visualize.plot_history(histories)
