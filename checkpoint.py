@@ -13,11 +13,12 @@ from typing import Any
 import torch
 
 from config import RUN_FILE, SEEDS_FILE, Config, check_same_settings, check_version
-from files import Mirror, lock_folder, read_bytes, reason, unlock_folder, write_whole
+from files import Mirror, answered, lock_folder, read_bytes, reason, unlock_folder, write_whole
 from utils import Epoch, EpochState, History, environment, plain_state
 from weights_file import save_weights, weights_content
 
 KEPT = 2  # checkpoints; one alone could be the one that is being replaced
+LISTED, READ = 30.0, 600.0  # seconds that a drive, perhaps a network's, may take for it
 DIGEST = 32  # bytes of SHA-256 behind a checkpoint: torch.load itself checks nothing
 
 
@@ -68,11 +69,16 @@ def load_checkpoint(*folders: str | Path | None) -> dict | None:
         ValueError: a whole file holds what was not made here, or by another version.
     """
     unread: OSError | None = None
-    present = [Path(folder) for folder in folders if folder is not None]
-    paths = [path for folder in present for path in folder.glob("step-*.ckpt")]
+    paths: list[Path] = []
+    for folder in (Path(folder) for folder in folders if folder is not None):
+        try:
+            paths += checkpoints_in(folder)
+        except OSError as error:
+            print(f"warning: {folder} cannot be read now ({error.strerror or error})")
+            unread = unread or error
     for path in sorted(paths, key=lambda path: path.name, reverse=True):
         try:
-            return read_checkpoint(path)
+            return answered(READ, read_checkpoint, path)
         except OSError as error:
             print(f"warning: checkpoint {path} cannot be read now ({error.strerror or error})")
             unread = unread or error
@@ -83,6 +89,15 @@ def load_checkpoint(*folders: str | Path | None) -> dict | None:
     if paths:
         print("warning: no checkpoint is whole")
     return None
+
+
+def checkpoints_in(folder: Path) -> list[Path]:
+    """The checkpoints of a folder.
+
+    Raises:
+        OSError: it cannot be listed, or hangs, as a network's drive may.
+    """
+    return answered(LISTED, lambda path: list(path.glob("step-*.ckpt")), folder)
 
 
 class DamagedError(ValueError):
@@ -211,7 +226,7 @@ class Checkpoints:
         folders = [folder for folder in (self.folder, self.mirrored) if folder is not None]
         if not self.resume:
             for folder in folders:
-                if any(folder.glob("step-*.ckpt")):
+                if checkpoints_in(folder):
                     raise ValueError(f"{folder} holds a run; resume it, or choose another folder")
         state = load_checkpoint(*folders) if self.resume else None
         if state is None:

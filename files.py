@@ -6,14 +6,16 @@ import os
 import threading
 import unicodedata
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future, wait
 from pathlib import Path
-from typing import TextIO
+from typing import TextIO, TypeVar
 
 try:
     import fcntl
 except ImportError:  # Windows: a folder has no lock there
     fcntl = None  # type: ignore[assignment]  # a module, where there is one
 
+Answer = TypeVar("Answer")
 LOCKS: dict[Path, TextIO] = {}  # the open lock file of each folder that this process uses
 
 
@@ -54,6 +56,30 @@ def read_bytes(path: str | Path) -> bytes:
     if path.exists() and not path.is_file():
         raise OSError(errno.EINVAL, "not a regular file", str(path))
     return path.read_bytes()
+
+
+def answered(seconds: float, call: Callable[..., Answer], place: str | Path) -> Answer:
+    """What a call on a path or address returns; a thread makes it, so that one that hangs can be left.
+
+    Args:
+        seconds: to wait for it; Ctrl-C and SIGTERM end the wait too.
+
+    Raises:
+        TimeoutError: there was no answer.
+    """
+    answer: Future[Answer] = Future()
+
+    def work() -> None:
+        try:
+            answer.set_result(call(place))
+        except BaseException as error:
+            answer.set_exception(error)
+
+    threading.Thread(target=work, daemon=True).start()
+    done = wait([answer], seconds).done
+    if not done:
+        raise TimeoutError(errno.ETIMEDOUT, f"no answer within {seconds:g} s", str(place))
+    return answer.result()
 
 
 class Mirror:

@@ -14,10 +14,18 @@ from torch import nn
 from torch.optim.lr_scheduler import OneCycleLR
 from torch.utils.data import DataLoader
 
-from checkpoint import Checkpoints, check_same_images, check_same_run, load_checkpoint, read_files
+from checkpoint import (
+    LISTED,
+    Checkpoints,
+    check_same_images,
+    check_same_run,
+    load_checkpoint,
+    read_files,
+)
 from config import MAY_DIFFER, RUN_FILE, SEEDS_FILE, Config
 from data import Loaders, dataset_of, make_loader, make_loaders
 from files import (
+    answered,
     bad_input_refused,
     lock_folder,
     read_bytes,
@@ -138,7 +146,7 @@ def open_run(config: Config, device: torch.device, loaders: Loaders, model: nn.M
             another process uses it; it is left as it was.
     """
     for place in filter(None, (config.output, config.mirror)):
-        if Path(place).exists() and not Path(place).is_dir():
+        if answered(LISTED, lambda path: path.exists() and not path.is_dir(), Path(place)):
             raise ValueError(f"{place} is not a folder")
     if config.resume and config.output:
         lock_folder(config.output)

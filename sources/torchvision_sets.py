@@ -11,7 +11,8 @@ import numpy as np
 from filelock import FileLock
 from tqdm import tqdm
 
-from sources.download import SOURCE_ERRORS, network_timeout
+from files import answered
+from sources.download import SOURCE_ERRORS, WHOLE, acquire, network_timeout
 from sources.split import Split
 
 
@@ -73,11 +74,12 @@ def fetch(dataset: str, split: str, root: Path) -> Any:
             return kind(root, **facts.ask(split))
     try:
         root.mkdir(parents=True, exist_ok=True)
-        with FileLock(root / f"{dataset}.lock"), network_timeout():
+        with acquire(FileLock(root / f"{dataset}.lock")), network_timeout():
             for path in damaged(root, facts.unpacked):
                 path.unlink(missing_ok=True)
             print(f"{dataset}: fetching what {root} lacks")
-            return kind(root, **facts.ask(split), download=True)
+            fetched = functools.partial(kind, **facts.ask(split), download=True)
+            return answered(WHOLE, fetched, root)
     except SOURCE_ERRORS as error:
         why = " ".join(str(error).split())
     files = ", ".join(facts.files)

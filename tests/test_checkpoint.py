@@ -322,6 +322,69 @@ def test_a_mirror_that_hangs_holds_nobody_up(tmp_path, monkeypatch, capsys):
     assert (tmp_path / "drive" / "step-00000002.ckpt").exists()
 
 
+@pytest.fixture
+def hanging(tmp_path, monkeypatch):
+    """A drive that answers nothing for seconds, whatever it is asked, and a limit far under that."""
+    drive = tmp_path / "drive"
+    drive.mkdir()
+
+    def after_a_while(method):
+        def asked(path, *arguments):
+            if drive in (path, path.parent):
+                time.sleep(3)
+            return method(path, *arguments)
+
+        return asked
+
+    for name in ("glob", "exists", "is_dir", "is_file", "read_bytes"):
+        monkeypatch.setattr(Path, name, after_a_while(getattr(Path, name)))
+    monkeypatch.setattr(checkpoint, "LISTED", 0.2)
+    monkeypatch.setattr(checkpoint, "READ", 0.2)
+    return drive
+
+
+def test_a_drive_that_hangs_is_passed_over_for_a_checkpoint_on_another(tmp_path, hanging, capsys):
+    save_checkpoint(tmp_path / "run", {"step": 1}, 1)
+    before = time.monotonic()
+    assert load_checkpoint(tmp_path / "run", hanging) == {"step": 1}
+    assert time.monotonic() - before < 2
+    assert f"{hanging} cannot be read now (no answer within 0.2 s)" in capsys.readouterr().out
+
+
+def test_a_drive_that_hangs_and_may_hold_the_run_is_not_taken_for_an_empty_one(
+    sample, tmp_path, hanging
+):
+    before = time.monotonic()
+    with pytest.raises(TimeoutError, match="no answer"):
+        run(sample, tmp_path / "run", mirror=hanging, resume=True)
+    with pytest.raises(TimeoutError, match="no answer"):
+        run(sample, tmp_path / "other", mirror=hanging)
+    assert time.monotonic() - before < 3
+
+
+def test_a_checkpoint_whose_drive_hangs_is_passed_over_for_the_one_before(tmp_path, monkeypatch):
+    for step, folder in enumerate(("run", "drive")):
+        save_checkpoint(tmp_path / folder, {"step": step}, step)
+    read = checkpoint.read_checkpoint
+
+    def hang(path):
+        time.sleep(3 * (path.parent.name == "drive"))
+        return read(path)
+
+    monkeypatch.setattr(checkpoint, "read_checkpoint", hang)
+    monkeypatch.setattr(checkpoint, "READ", 0.2)
+    assert load_checkpoint(tmp_path / "run", tmp_path / "drive") == {"step": 0}
+
+
+def test_a_signal_ends_the_wait_for_a_drive_that_hangs(tmp_path):
+    alarm = threading.Timer(0.3, os.kill, (os.getpid(), signal.SIGTERM))
+    before = time.monotonic()
+    with pytest.raises(guards.Stopped), guards.signals_noted():
+        alarm.start()
+        files.answered(3, lambda path: time.sleep(3), tmp_path)
+    assert time.monotonic() - before < 2
+
+
 def test_a_slow_mirror_has_the_newest_checkpoint_at_last(tmp_path, monkeypatch):
     write = files.write_whole
 

@@ -11,6 +11,8 @@ import pickle
 import shutil
 import signal
 import struct
+import subprocess
+import sys
 import tarfile
 import threading
 import time
@@ -24,6 +26,7 @@ import pytest
 import scipy.io
 import torch
 from albumentations.pytorch import ToTensorV2
+from filelock import FileLock
 from PIL import ExifTags, Image, ImageOps
 from torch.utils.data import DataLoader, Dataset
 from torchvision.datasets import CIFAR10, CIFAR100, SVHN, FashionMNIST
@@ -201,6 +204,7 @@ def add(archive, checksums, name, content):
 def server():
     """Serves the bytes put into `answers` by path, on this machine; counts the requests."""
     answers, requests = {}, []
+    crawling = threading.Event()  # set at the end
 
     class Handler(http.server.BaseHTTPRequestHandler):
         def do_GET(self):  # noqa: N802, the library's name
@@ -208,8 +212,11 @@ def server():
             if self.path not in answers:
                 return self.send_error(404)
             self.send_response(200)
+            while answers[self.path] is None and not crawling.wait(0.1):  # a head that never ends
+                self.send_header("x", "y")
+                self.flush_headers()
             self.end_headers()
-            self.wfile.write(answers[self.path])
+            self.wfile.write(answers[self.path] or b"")
 
         def log_message(self, *arguments):
             pass
@@ -217,6 +224,7 @@ def server():
     httpd = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
     threading.Thread(target=httpd.serve_forever, daemon=True).start()
     yield f"http://127.0.0.1:{httpd.server_port}", answers, requests
+    crawling.set()
     httpd.shutdown()
     httpd.server_close()
 
@@ -472,6 +480,25 @@ def test_an_npm_that_hangs_is_given_up_and_one_that_loads_is_seen_to_move(tmp_pa
     assert max(seen) == 900
 
 
+def test_an_npm_that_hangs_does_not_outlive_the_signal_that_ends_the_program(tmp_path):
+    (tmp_path / "scratch").mkdir()
+    code = (
+        "from pathlib import Path; from training.guards import signals_noted\n"
+        "from sources.download import run_watched\n"
+        "with signals_noted():\n"
+        f"    run_watched(['sh', '-c', 'echo $$ > pid; exec sleep 600'], Path({str(tmp_path)!r}), 9)\n"
+    )
+    process = subprocess.Popen(
+        [sys.executable, "-c", code], stderr=subprocess.PIPE, text=True, cwd=Path(main.__file__).parent
+    )
+    while not (tmp_path / "pid").exists() or not (tmp_path / "pid").read_text():
+        time.sleep(0.05)
+    process.terminate()
+    assert "Stopped: stopped by SIGTERM" in process.communicate(timeout=20)[1]
+    with pytest.raises(ProcessLookupError):
+        os.kill(int((tmp_path / "pid").read_text()), 0)
+
+
 def load_and_check(root, small_cifar):
     assert_whole(root, small_cifar)
 
@@ -500,6 +527,39 @@ def test_a_crawling_mirror_is_given_up(tmp_path, monkeypatch, small_cifar, tarba
     monkeypatch.setattr("sources.download.SLOWEST", 1e15)
     with pytest.raises(OSError, match="slow: gave up at .* kB/s"):
         load_split("cifar10", "train", tmp_path)
+
+
+def test_a_mirror_whose_head_crawls_is_given_up(tmp_path, monkeypatch, small_cifar, server):
+    url, answers, _ = server
+    answers["/head"] = None
+    monkeypatch.setattr(cifar10, "CIFAR10_MIRRORS", (f"{url}/head",))
+    monkeypatch.setattr("sources.download.OPENED", 0.5)
+    with pytest.raises(OSError, match="head: .*no answer within 0.5 s"):
+        load_split("cifar10", "train", tmp_path)
+
+
+@pytest.mark.parametrize("dataset", ["cifar10", "svhn"])
+def test_a_process_that_fetches_for_ever_is_not_waited_for_so_long(
+    tmp_path, monkeypatch, small_cifar, dataset, capsys
+):
+    monkeypatch.setattr("sources.download.WHOLE", 0.2)
+    refused = pytest.raises(OSError, match="is held by another process since 0.2 s")
+    with FileLock(tmp_path / f"{dataset}.lock"), refused:
+        load_split(dataset, "train", tmp_path)
+    assert "another process fetches the same data: waiting for" in capsys.readouterr().out
+
+
+def test_what_torchvision_fetches_has_a_limit_of_time(tmp_path, monkeypatch):
+    class Endless:
+        def __init__(self, root, download=False, **options):
+            if not download:
+                raise RuntimeError("not there")
+            time.sleep(3)
+
+    monkeypatch.setattr("torchvision.datasets.SVHN", Endless)
+    monkeypatch.setattr(torchvision_sets, "WHOLE", 0.2)
+    with pytest.raises(OSError, match="svhn could not be had .*no answer within 0.2 s"):
+        load_split("svhn", "train", tmp_path)
 
 
 def test_without_a_source_one_error_says_what_each_answered(tmp_path, monkeypatch, small_cifar, server):

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import nn
+from torch.utils import data
 
 from utils import EpochState, Stats
 
@@ -94,6 +95,7 @@ def warn_if_dead(
 
 
 PATIENCE = 2.0  # seconds that a batch may still take after a signal
+WORKER_PATIENCE = 0.2  # seconds that each worker process then has to end by itself
 
 
 class Stopped(KeyboardInterrupt):
@@ -120,6 +122,8 @@ class Signals:
             # error wherever the program is, even in the middle of an update. Without that handler it
             # notices missing workers when it waits for their next batch.
             signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+        # PyTorch waits five seconds for each worker that is busy with a batch before it ends it.
+        data._utils.MP_STATUS_CHECK_INTERVAL = WORKER_PATIENCE
         if not self.depth and not self.waiting:
             raise Stopped(number)
         now = time.monotonic()

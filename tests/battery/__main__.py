@@ -576,7 +576,7 @@ def races(rounds: int, processes: int = 8) -> Row:
 class NoLock(contextlib.nullcontext):
     """In the place of a lock, and always to be had."""
 
-    def acquire(self) -> "NoLock":
+    def acquire(self, timeout: float = 0) -> "NoLock":
         return self
 
     def release(self) -> None:
