@@ -150,7 +150,7 @@ def to_html(text: str, folder: Path) -> str:
         )
 
     body = MarkdownIt("commonmark").enable("table").render(text)
-    body = re.sub(r'src="(figures/\w+\.png)"', embed, body)
+    body = re.sub(r'src="(figures/[\w.]+\.png)"', embed, body)
     title = html.escape(re.sub(r"\\(.)", r"\1", text.partition("\n")[0].removeprefix("# ")))
     return PAGE.format(title=title, body=body)
 
@@ -176,7 +176,8 @@ def draw_results(
 ) -> dict[str, int]:
     """The figures of what the network gets right and wrong; returns the layers that Grad-CAM shows."""
     images, classes = dataset_of(loaders.test).split.images, loaders.classes
-    layers = dict(list(cam_layers(model, images.shape[1]).items())[-2:])
+    last = {side: name for name, side in cam_layers(model, images.shape[1]).items()}  # of each size
+    layers = {name: side for side, name in list(last.items())[-2:]}
     mean, std = loaders.normalization.values()
     figures = {
         "confusion_matrix": plot_confusion_matrix(predictions, classes),

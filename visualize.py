@@ -17,7 +17,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
-from matplotlib.ticker import PercentFormatter
+from matplotlib.ticker import LogFormatter, PercentFormatter
 from torch import nn
 
 from files import write_whole
@@ -143,8 +143,10 @@ def plot_history(histories: Mapping[str, History | Sequence[History]]) -> Figure
             keep_apart(axis, 0.002)
         axes[1].yaxis.set_major_formatter(PercentFormatter(1.0))  # with as many decimals as ticks need
         losses = np.concatenate([line.get_ydata() for line in axes[0].lines]).astype(float)
-        if np.nanmax(losses) > 20 * np.nanmedian(losses):  # one that diverged would flatten the others
-            axes[0].set_yscale("log")
+        if np.nanmax(losses) > 10 * np.nanmedian(losses):  # one that diverged would flatten the others
+            axes[0].set(yscale="log", title="Loss (logarithmic)")
+            axes[0].yaxis.set_major_formatter(LogFormatter())
+            axes[0].yaxis.set_minor_formatter(LogFormatter(minor_thresholds=(2, 0.4)))
         lines = [line for line in axes[1].lines if line.get_linestyle() == "-"]
         label = "training" if len(lines) == 1 else "training, in the same colours"
         training = Line2D([], [], label=label, color=COLORS[0] if len(lines) == 1 else "0.4", **TRAINING)
@@ -376,11 +378,10 @@ def plot_gradcam(
 
 
 def cam_title(predictions: Predictions, index: int, names: Sequence[str], kind: str) -> str:
-    """The true or the predicted class of an image, and its probability."""
+    """The true or the predicted class of an image, and its probability, on lines of their own."""
     answer = (predictions.labels if kind == "true" else predictions.predicted)[index]
-    return wrap(
-        f"{kind}\n{names[answer]} {show_probability(predictions.probabilities[index, answer])}", 1.2
-    )
+    probability = show_probability(predictions.probabilities[index, answer])
+    return wrap(f"{kind}\n{names[answer]}\n{probability}", 1.2)
 
 
 def cam_grid(head: str, titles: list[list[str]], notes: list[str]) -> tuple[Figure, list[list[Axes]]]:

@@ -212,10 +212,7 @@ def numbers(config: dict, shown: np.ndarray, files: Sequence[str] | None) -> str
 def cams_part(layers: dict[str, int]) -> tuple[str, ...]:
     """Grad-CAM of the mistakes, and what it can and cannot tell."""
     if not layers:
-        return (
-            "No part at the top of this network (a child of the model) has maps of 5 x 5 or more, so "
-            "there is no Grad-CAM here; `gradcam` takes the name of an inner layer.",
-        )
+        return ("No layer of this network has maps of 5 x 5 or more, so there is no Grad-CAM here.",)
     sizes = ", ".join(f"{side} x {side} places at {name}" for name, side in layers.items())
     return (
         "Grad-CAM ([Selvaraju et al.](https://arxiv.org/abs/1610.02391)) shows where the features of a "

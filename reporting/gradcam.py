@@ -23,9 +23,14 @@ def cam_layers(model: nn.Module, image_size: int = 32) -> dict[str, int]:
 
 
 def large_stages(shapes: dict[str, tuple[int, ...]]) -> dict[str, int]:
-    """Those of a network's maps that belong to a stage and are large enough: name and side."""
-    stages = {name: min(shape[2:]) for name, shape in shapes.items() if "." not in name}
-    return {name: side for name, side in stages.items() if side >= SMALLEST_MAP}
+    """Those of a network's maps that belong to a stage and are large enough: name and side.
+
+    Its stages are its children; where none of them has such maps, as where one child holds all
+    convolutions, they are the children's children, and so on.
+    """
+    sides = {name: min(shape[2:]) for name, shape in shapes.items() if min(shape[2:]) >= SMALLEST_MAP}
+    outermost = min((name.count(".") for name in sides), default=0)
+    return {name: side for name, side in sides.items() if name.count(".") == outermost}
 
 
 def map_shapes(model: nn.Module, image_size: int) -> dict[str, tuple[int, ...]]:

@@ -74,20 +74,26 @@ def next_step(config: dict, history: History, warned: bool, mistakes: int = 1) -
         return f"a lower learning rate, such as `--lr {max(history.lrs) / 10:.2g}`."
     if config["dataset"] == "cifar10-sample":
         return (
-            "all 50,000 training images of CIFAR-10, by `python main.py --recipe quick`; "
-            "more images help more than any setting here."
+            "all 50,000 training images of CIFAR-10, by the command at the end of this page with "
+            "`--dataset cifar10`; more images help more than any setting here."
         )
     if gap_of(history) > 5:
-        usual = Config(dataset=config["dataset"])
-        for name in ("padding", "flip", "cutout"):
-            if getattr(usual, name) and not config[name]:
-                value = "" if name == "flip" else f" {getattr(usual, name)}"
-                return f"augmentation, by `--{name}{value}`, as the network overfits."
-        if not config["weight_decay"]:
-            return "weight decay, by `--optimizer adamw --weight-decay 0.05`, as the network overfits."
-        side = min(2 * max(config["cutout"], 4), config["image_size"] // 2)
-        return f"more training images, or `--cutout {side}`, as the network overfits."
+        return f"{against_overfitting(config)}, as the network overfits."
     return f"more epochs, such as `--epochs {2 * config['epochs']}`, as the network hardly overfits."
+
+
+def against_overfitting(config: dict) -> str:
+    """What a run has not used yet against overfitting, by flags that fit its other settings."""
+    usual = Config(dataset=config["dataset"])
+    for name in ("padding", "flip", "cutout"):
+        if getattr(usual, name) and not config[name]:
+            return f"augmentation, by `--{name}{'' if name == 'flip' else f' {getattr(usual, name)}'}`"
+    if not config["weight_decay"]:
+        flags = "--weight-decay 5e-4" if config["optimizer"] == "sgd" else "--weight-decay 0.05"
+        flags = "--optimizer adamw " * (config["optimizer"] == "adam") + flags
+        return f"weight decay, by `{flags}`"
+    side = config["image_size"] // 2
+    return "more training images" + f", or `--cutout {side}`" * (config["cutout"] < side)
 
 
 def warnings_of(
@@ -98,9 +104,7 @@ def warnings_of(
     last = history.epochs[-1]
     for row, lrs in zip(history.epochs, np.array_split(history.lrs, last.epoch), strict=True):
         answers = predictions.predicted if row is last else None
-        fault = fault_of(
-            lrs.tolist(), row is last, row.stats()[row.parts[1]].loss, len(classes), answers
-        )
+        fault = fault_of(lrs.tolist(), row is last, row.stats()[row.parts[1]], len(classes), answers)
         faults.setdefault(fault, []).append(str(row.epoch))
     warnings = [
         f"the network {fault} after epoch {', '.join(faults[fault])}" for fault in faults if fault
@@ -136,7 +140,7 @@ def data_section(loaders: Loaders, config: dict) -> str:
         if loader is not None
     ]
     split = dataset_of(loaders.train).split
-    mean, std = (", ".join(f"{x:.8f}" for x in xs) for xs in loaders.normalization.values())
+    mean, std = (", ".join(f"{x:.3f}" for x in xs) for xs in loaders.normalization.values())
     return paragraphs(
         "## Data",
         f"{' + '.join(sizes)} images of {len(split.classes)} classes, "
@@ -144,8 +148,8 @@ def data_section(loaders: Loaders, config: dict) -> str:
         f"and standard deviation {std}.",
         f"Augmentation of training images, drawn anew in every epoch: "
         f"{', '.join(augmentations(config)) or 'none; their order alone changes'}. "
-        "Validation and test images get the part of it that does not vary. As it ran:",
-        fenced(textwrap.fill(dataset_of(loaders.train).describe(), 100)),
+        "Validation and test images get the part of it that does not vary.",
+        details("As it ran", fenced(textwrap.fill(dataset_of(loaders.train).describe(), 100))),
         figure("samples", "The first training batch as the network sees it, normalisation undone"),
     )
 
@@ -183,7 +187,7 @@ def finder_section(config: dict, finder: LRFinderResult | None, history: History
     return paragraphs(
         "## Learning rate",
         f"A range test ([Smith](https://arxiv.org/abs/1506.01186)) trained a copy of the network for "
-        f"{len(finder.lrs)} steps, while the rate rose from {finder.lrs[0]:.0e} to {finder.lrs[-1]:.0e}."
+        f"{len(finder.lrs)} steps, while the rate rose from {finder.lrs[0]:.2g} to {finder.lrs[-1]:.2g}."
         " Rules read its curve differently: start is where the loss begins to fall, steepest where it "
         "falls fastest, valley half-way along the longest fall, minimum the floor.",
         markdown_table(["rule", "rate", "used as"], rows),

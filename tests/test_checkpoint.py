@@ -1228,6 +1228,8 @@ def test_a_loss_no_better_than_guessing_is_warned_about_once_the_warm_up_is_over
     epoch_state.lrs = [0.2, 0.1]
     guards.warn_if_dead(epoch_state, "test", utils.Stats(2.2, 0.1), torch.eye(10), last=True)
     assert capsys.readouterr().out == ""
+    guards.warn_if_dead(epoch_state, "test", utils.Stats(2.5, 0.6), torch.eye(10), last=True)
+    assert capsys.readouterr().out == ""  # it overfits
     guards.warn_if_dead(epoch_state, "test", utils.Stats(2.5, 0.1), torch.eye(10), last=False)
     said = (
         "epoch 3: on test images the network is no better than guessing (a loss of 2.303); a lower --lr"

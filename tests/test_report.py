@@ -4,6 +4,7 @@ from dataclasses import asdict, replace
 
 import numpy as np
 import pytest
+import torch
 
 import main
 from config import RECIPES, Config, parse_config
@@ -105,6 +106,25 @@ def test_a_peak_whose_range_test_is_lost_is_not_said_to_be_given(finished):
     assert "The peak was given." in finder_section(CONFIG | {"lr": 0.1}, None, history)
     said = finder_section(CONFIG | {"lr": None}, None, history)
     assert "that of a range test whose lr_finder.json is gone" in said
+
+
+def test_numbers_for_programs_are_folded_away_and_those_for_readers_are_short(finished):
+    text = (finished / "report.md").read_text()
+    assert "Normalised with mean 0.491, 0.482, 0.447 and" in text
+    assert re.search(r"<summary>As it ran</summary>\n\n```\nBatchProgram\(", text)
+
+
+def test_a_network_of_one_child_has_maps_in_its_report_one_of_each_size(finished, tmp_path):
+    for name in ("config.json", "environment.json", "history.json"):
+        (tmp_path / name).write_bytes((finished / name).read_bytes())
+    model, card = load_weights(finished)
+    wrapped = torch.nn.Sequential(model)
+    loaders = make_loaders(Config(**card["config"]))
+    predictions = main.predict(model, "cpu", loaders.test, precision="fp32")
+    text = write_report(tmp_path, wrapped, loaders, predictions).read_text()
+    assert "(16 x 16 places at 0.layer1, 8 x 8 places at 0.layer2)" in text
+    page = (tmp_path / "report.html").read_text()
+    assert page.count('src="data:image/png;base64,') == text.count("](figures/")
 
 
 def test_names_of_classes_are_shown_as_they_are_and_are_no_markup():
@@ -241,7 +261,11 @@ def test_only_causes_that_the_run_has_are_given_for_its_training_accuracy(change
     [
         ({"epochs": 3}, 0.4, False, "finish this run"),
         ({}, 0.4, True, "a lower learning rate, such as `--lr 0.01`"),
-        ({"dataset": "cifar10-sample"}, 0.9, False, "`python main.py --recipe quick`"),
+        ({"dataset": "cifar10-sample"}, 0.9, False, "with `--dataset cifar10`;"),
+        ({"dataset": "cifar10-sample", "model": "resnet18"}, 0.9, False, "`--dataset cifar10`;"),
+        ({"optimizer": "sgd"}, 0.9, False, "by `--weight-decay 5e-4`"),
+        ({"optimizer": "muon"}, 0.9, False, "by `--weight-decay 0.05`"),
+        ({"weight_decay": 0.1, "cutout": 16}, 0.9, False, "more training images, as"),
         ({"cutout": 0}, 0.9, False, "`--cutout 8`"),
         ({"flip": False}, 0.9, False, "`--flip`"),
         ({"dataset": "svhn"}, 0.9, False, "`--optimizer adamw --weight-decay 0.05`"),
@@ -398,6 +422,15 @@ def test_a_result_that_is_worth_little_comes_with_a_warning(losses, predicted, w
     history.lrs = [0.05, 0.1, 0.09, 0.07, 0.05, 0.03][: 2 * len(losses)]
     found = warnings_of(asdict(Config(epochs=3)), history, predictions, "abc")
     assert len(found) == (warning is not None) and (not found or warning in found[0])
+
+
+def test_a_network_that_overfits_is_not_said_to_guess_and_gets_other_advice():
+    history = make_history(0.9, 1.2, 1.5)  # the last two are over the loss of guessing, 1.099
+    rows = [replace(row, test_accuracy=0.7, train_accuracy=0.95) for row in history.epochs]
+    history = History(rows, [0.1, 0.09, 0.07, 0.05, 0.03, 0.01])
+    config = asdict(Config(epochs=3, cutout=0))
+    text = headline(config, history, make_predictions([0, 1], [0, 2]), "abc", "fp32")
+    assert "guessing" not in text and "--lr" not in text and "`--cutout 8`, as the network overf" in text
 
 
 def test_a_first_epoch_that_was_no_warm_up_is_judged_in_the_report_as_in_training():

@@ -402,6 +402,23 @@ def test_the_layers_allowed_at_32_pixels_leave_out_the_last_stage(name, sides):
     assert visualize.cam_layers(models.make_model(name, width=8)) == sides
 
 
+def test_where_one_child_holds_all_layers_its_own_are_allowed():
+    inner = models.make_model("custom_resnet", width=8)
+    assert visualize.cam_layers(torch.nn.Sequential(inner)) == {
+        "0.prep": 32,
+        "0.layer1": 16,
+        "0.layer2": 8,
+    }
+
+
+def test_headings_of_maps_have_as_many_lines_whatever_the_probability(sample, tiny):
+    figure = visualize.plot_gradcam(
+        tiny, sample.images, make_predictions(sample, 30), CLASSES, layer="layer2"
+    )
+    heads = [axis.get_title() for axis in figure.axes if "\n" in axis.get_title()]
+    assert len(heads) == 20 and {title.count("\n") for title in heads} == {2}
+
+
 def test_a_map_under_5_by_5_is_refused_with_the_layers_that_are_allowed(tiny):
     images = torch.zeros(1, 3, 32, 32)
     with pytest.raises(
@@ -482,5 +499,4 @@ def test_grad_cam_figure_has_three_pictures_a_mistake(sample, tiny):
     figure = visualize.plot_gradcam(tiny, sample.images, predictions, CLASSES, layer="layer1", count=4)
     titles = texts(figure)
     assert len(titles) == 3 * 4 + 1
-    assert titles[0] == "#0" and titles[1].startswith("true") and titles[2].startswith("predicted")
-    assert titles[1].endswith("a 1.0%") and titles[2].endswith("b 99.0%")
+    assert titles[:3] == ["#0", "true\na\n1.0%", "predicted\nb\n99.0%"]

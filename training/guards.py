@@ -72,24 +72,28 @@ def statistics_kept_finite(model: nn.Module) -> Iterator[None]:
 def fault_of(
     lrs: Sequence[float],
     last: bool,
-    loss: float,
+    stats: Stats,
     classes: int,
     predicted: torch.Tensor | np.ndarray | None = None,
 ) -> str:
-    """What shows that a network learned nothing in an epoch at the rates `lrs`; "" if nothing does."""
+    """What shows that a network learned nothing in an epoch at the rates `lrs`; "" if nothing does.
+
+    The loss alone does not: that of a network which overfits can be over that of guessing too.
+    """
     if lrs[-1] > lrs[0] and not last:  # the warm-up
         return ""
     if predicted is not None and (predicted == predicted[0]).all():
         return "answers one class for every image"
     chance = math.log(classes)
-    return f"is no better than guessing (a loss of {chance:.3f})" if loss >= chance else ""
+    guessing = stats.loss >= chance and stats.accuracy < min(2 / classes, 1 / classes + 0.1)
+    return f"is no better than guessing (a loss of {chance:.3f})" if guessing else ""
 
 
 def warn_if_dead(
     epoch_state: EpochState, part: str, stats: Stats, logits: torch.Tensor, last: bool
 ) -> None:
     """Warn if a network is no better than a constant answer once the warm-up is over."""
-    fault = fault_of(epoch_state.lrs, last, stats.loss, logits.shape[1], logits.argmax(1))
+    fault = fault_of(epoch_state.lrs, last, stats, logits.shape[1], logits.argmax(1))
     if fault:
         print(f"warning: epoch {epoch_state.epoch}: on {part} images the network {fault}; {LR_HINT}")
 
