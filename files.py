@@ -4,7 +4,6 @@ import contextlib
 import errno
 import os
 import threading
-import unicodedata
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, wait
 from pathlib import Path
@@ -231,19 +230,3 @@ def sync_folder(folder: Path) -> None:
             os.fsync(descriptor)
         finally:
             os.close(descriptor)
-
-
-def printable(name: object) -> str:
-    """A name as any terminal, report and file can hold it, escaped where it would not be.
-
-    Escaped are line breaks and other control characters, bytes that are no UTF-8, and what turns the
-    direction of writing.
-    """
-    categories = ("Cc", "Cs", "Zl", "Zp")  # Unicode's categories of such characters
-    turns = "LRE RLE LRO RLO PDF LRI RLI FSI PDI".split()
-    return "".join(
-        c.encode("unicode_escape").decode()
-        if unicodedata.category(c) in categories or unicodedata.bidirectional(c) in turns
-        else c
-        for c in str(name)
-    )

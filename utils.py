@@ -430,6 +430,22 @@ def summarize(model: nn.Module, image_size: int = 32) -> str:
     return str(table).replace("Units.MEGABYTES", "M").replace("Units.GIGABYTES", "G")
 
 
+def printable(name: object) -> str:
+    """A name as any terminal, report and file can hold it, escaped where it would not be.
+
+    Escaped are line breaks and other control characters, bytes that are no UTF-8, and what turns the
+    direction of writing. Unlike `plain`, it keeps two names two.
+    """
+    categories = ("Cc", "Cs", "Zl", "Zp")  # Unicode's categories of such characters
+    turns = "LRE RLE LRO RLO PDF LRI RLI FSI PDI".split()
+    return "".join(
+        c.encode("unicode_escape").decode()
+        if unicodedata.category(c) in categories or unicodedata.bidirectional(c) in turns
+        else c
+        for c in str(name)
+    )
+
+
 def plain(text: object, squeeze: bool = True) -> str:
     """Text from outside (a name, a path, a value) on one line, without what steers a terminal or a page.
 

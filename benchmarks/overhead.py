@@ -31,7 +31,7 @@ from models import make_model
 from run import make_card
 from training.loops import fit_model, forward_all, score
 from training.optim import make_optimizer, one_cycle
-from training.progress import event_log
+from training.progress import event_writer, write_events
 from utils import Epoch, History, autocast, pick_precision
 from weights_file import save_weights
 
@@ -95,9 +95,9 @@ def writing_seconds(config: Config, loaders: Loaders, count: int = 8) -> tuple[f
         history.save(folder)
         save_weights(folder / "weights.safetensors", model, card)
         save(folder)
-        update_events()
+        write_events(writer, history.epochs[-1], history)
 
-    with tempfile.TemporaryDirectory() as name, event_log(Path(name), history) as update_events:
+    with tempfile.TemporaryDirectory() as name, contextlib.closing(event_writer(Path(name))) as writer:
         for epoch in range(1, count + 1):
             saves.append(seconds_of(lambda: save(Path(name))))
             history.epochs.append(a_row(epoch))

@@ -12,10 +12,9 @@ import numpy as np
 from PIL import ExifTags, Image, ImageOps
 from tqdm import tqdm
 
-from files import printable
 from sources.image_file import check_image_file
 from sources.split import Split, check_names, stratified_split
-from utils import choose
+from utils import choose, printable
 
 IMAGE_FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF")
 # Names of folders that hold a part of the data, not a class; words such as "set" may stand beside them.

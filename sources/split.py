@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from files import printable
+from utils import printable
 
 
 @dataclass(frozen=True)

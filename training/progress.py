@@ -168,21 +168,21 @@ def training_log(
     continued: what a killed run left may lack some or have more. Neither they nor a print can end a
     training: the first failure of the events is told, and they are left alone from then on.
     """
-    events: list[Callable[[], None]] = []
-    stack = contextlib.ExitStack()
-    rows, broken = 0, False
+    writer: SummaryWriter | None = None
+    rows, written, broken = 0, 0, False
 
     def show(row: Epoch, write: bool = True) -> None:
-        nonlocal rows, broken
+        nonlocal writer, rows, written, broken
         left = statistics.median(x.seconds for x in history.epochs) * (epochs - row.epoch)
         print_row(row, epochs, not rows, left)
         rows += 1
-        if not write or folder is None or broken:
+        if broken or folder is None or not write:
             return
         try:
-            if not events:
-                events.append(stack.enter_context(event_log(folder, history)))
-            events[0]()
+            writer = writer or event_writer(folder)
+            for row in history.epochs[written:]:
+                write_events(writer, row, history)
+            written = len(history.epochs)
         except Exception as error:  # TensorBoard's own, and whatever its writing thread met
             print(f"warning: no TensorBoard events from here on: {' '.join(str(error).split())}")
             broken = True
@@ -192,36 +192,24 @@ def training_log(
             yield show
         finally:
             with contextlib.suppress(Exception):  # a writer that failed fails once more as it closes
-                stack.close()
+                if writer is not None:
+                    writer.close()
 
 
-@contextlib.contextmanager
-def event_log(folder: Path, history: History) -> Iterator[Callable[[], None]]:
-    """A function that brings a run folder's TensorBoard events up to date with the history."""
+def event_writer(folder: Path) -> "SummaryWriter":
+    """A writer of a run folder's TensorBoard events, in place of those that were there."""
     from torch.utils.tensorboard import SummaryWriter  # two seconds of imports
 
-    path = folder / "tensorboard"
-    shutil.rmtree(path, ignore_errors=True)
-    writer, written = SummaryWriter(path), 0
-
-    def update() -> None:
-        nonlocal written
-        steps = len(history.lrs) // len(history.epochs)
-        for row in history.epochs[written:]:
-            write_events(writer, row, history.lrs[(row.epoch - 1) * steps : row.epoch * steps])
-        written = len(history.epochs)
-
-    try:
-        yield update
-    finally:
-        writer.close()
+    shutil.rmtree(folder / "tensorboard", ignore_errors=True)
+    return SummaryWriter(folder / "tensorboard")
 
 
-def write_events(writer: "SummaryWriter", row: Epoch, lrs: list[float]) -> None:
+def write_events(writer: "SummaryWriter", row: Epoch, history: History) -> None:
     """One epoch's numbers, and the rate of each of its steps."""
     for part, stats in row.stats().items():
         for metric, value in stats._asdict().items():
             writer.add_scalar(f"{metric}/{part}", value, row.epoch)
-    for step, lr in enumerate(lrs, (row.epoch - 1) * len(lrs)):
-        writer.add_scalar("lr", lr, step)
+    steps = history.steps_per_epoch
+    for step in range((row.epoch - 1) * steps, row.epoch * steps):
+        writer.add_scalar("lr", history.lrs[step], step)
     writer.flush()
