@@ -51,6 +51,14 @@ def test_pretrained_weights_come_with_their_card_and_ready_to_use(copy, tiny):
         assert torch.equal(model.state_dict()[name], tensor)
 
 
+def test_the_weights_of_a_network_can_be_kept_and_read_back(tmp_path):
+    model = hub("custom_resnet", width=4)
+    torch.save(model.state_dict(), tmp_path / "mine.pt")
+    again = hub("custom_resnet", width=4)
+    again.load_state_dict(torch.load(tmp_path / "mine.pt", weights_only=True))
+    assert all(torch.equal(x, y) for x, y in zip(model.parameters(), again.parameters(), strict=True))
+
+
 def test_weights_that_are_not_there_and_options_that_do_not_fit_are_refused_in_one_line(copy):
     with pytest.raises(ValueError, match="no weights file .*resnet34.safetensors"):
         hub("resnet34", copy, pretrained=True)
