@@ -1,4 +1,4 @@
-"""What a training is given, checked before anything moves."""
+"""Checks what a training is given before anything moves: loader, model, optimizer, schedule, batch."""
 
 import contextlib
 import math
@@ -14,12 +14,13 @@ from torch.utils.data import Dataset, RandomSampler, WeightedRandomSampler
 from data import BatchLoader, EpochSampler, random_state, set_random_state
 from utils import autocast, inner_model, random_state_kept
 
-# Settings of PyTorch's schedulers that count steps, and that are too small where epochs were counted.
+# The settings of PyTorch's schedulers that are numbers of steps. Whoever is used to stepping a scheduler
+# once an epoch gives a number of epochs, which is too small here.
 HORIZONS = ("T_max", "T_0", "step_size", "total_iters", "milestones")
 
 
 def length_of(loader: Any) -> int | None:
-    """The number of a loader's batches, or None if it does not know, as over an IterableDataset."""
+    """The number of a loader's batches; None if it has no length, as one over an IterableDataset."""
     try:
         return len(loader)
     except TypeError:
@@ -85,16 +86,16 @@ def check_steps_left(scheduler: Any, loader: BatchLoader, epochs: int, done: int
     """Refuse a schedule that ends before the training; warn of one that seems to count epochs.
 
     Args:
-        done: steps of the training that are behind.
+        done: updates that are done already, in a training that is continued.
 
     Raises:
-        ValueError: it says how many steps the schedule has left.
+        ValueError: the message says how many steps the schedule has left.
     """
     length = length_of(loader)
     if scheduler is None or length is None:
         return
     steps, kind = length * epochs, type(scheduler).__name__
-    # Of `total_steps` the last must not be taken: OneCycleLR's rate would be negative after it.
+    # One step fewer than `total_steps`: after the last of them OneCycleLR's rate would be negative.
     left = getattr(scheduler, "total_steps", math.inf) - 1 - getattr(scheduler, "last_epoch", 0)
     if left < steps - done - 1:
         raise ValueError(
@@ -126,20 +127,20 @@ def check_training(
 
 
 def check_model(model: Any) -> None:
-    """Refuse what is no network.
+    """Refuse what is not a network of PyTorch's.
 
     Raises:
-        ValueError: it is named.
+        ValueError: the message names its type.
     """
     if not isinstance(model, nn.Module):
         raise ValueError(f"the model must be an nn.Module, not {type(model).__name__}")
 
 
 def whole_number(name: str, value: Any, low: int) -> int:
-    """A number as a plain int.
+    """A whole number of any type, such as NumPy's, as a plain int.
 
     Raises:
-        ValueError: it is no whole number, or under `low`.
+        ValueError: it is not a whole number, or is under `low`.
     """
     try:
         number = operator.index(value)
@@ -151,10 +152,10 @@ def whole_number(name: str, value: Any, low: int) -> int:
 
 
 def fraction(name: str, value: Any) -> float:
-    """A number as a plain float.
+    """A number of any type, such as NumPy's, as a plain float.
 
     Raises:
-        ValueError: it is not at least 0 and under 1.
+        ValueError: it is not a number, or not at least 0 and under 1.
     """
     try:
         number = float(value)
@@ -166,13 +167,13 @@ def fraction(name: str, value: Any) -> float:
 
 
 def check_batch(batch: Any, classes: int | None = None) -> tuple[Tensor, Tensor]:
-    """Images and labels of a batch, if they are what they must be.
+    """Check a batch, and return its images float (N, C, H, W) and labels int64 (N,).
 
     Args:
-        classes: that the model knows; None: not known yet.
+        classes: the number of classes of the model, for the range of labels; None: it is not known yet.
 
     Raises:
-        ValueError: it is no pair, or has wrong types or shapes, or a label that is no class.
+        ValueError: it is not a pair, has wrong types or shapes, or has a label that is no class.
     """
     if not isinstance(batch, (tuple, list)) or len(batch) != 2:
         size = f" of {len(batch)}" if isinstance(batch, Sized) else ""
@@ -193,12 +194,12 @@ def check_batch(batch: Any, classes: int | None = None) -> tuple[Tensor, Tensor]
 
 
 def check_labels(labels: Tensor, classes: int) -> None:
-    """Refuse labels that are no class; cross-entropy would silently leave out one of -100.
+    """Refuse labels that are no class: PyTorch's cross-entropy would ignore a label of -100 silently.
 
-    Labels on a GPU are not looked at, which would make it wait.
+    Labels on a GPU are not looked at, as the CPU would have to wait for them.
 
     Raises:
-        ValueError: the least or greatest label is named.
+        ValueError: the message names the least and the greatest label.
     """
     if labels.device.type != "cpu":
         return
@@ -208,13 +209,15 @@ def check_labels(labels: Tensor, classes: int) -> None:
 
 
 def count_classes(model: nn.Module, images: Tensor, device: torch.device, dtype: torch.dtype) -> int:
-    """The number of classes that a model tells apart, by its answer to two images; nothing in it moves.
+    """The number of classes of a model: the number of logits that it answers to two images.
+
+    The model, its running statistics and the random state stay as they are.
 
     Raises:
-        ValueError: it does not return logits (N, K); the message says what it returns.
+        ValueError: the model does not return logits (N, K); the message says what it returns.
     """
     images = images[:2].to(device)
-    plain = inner_model(model)  # a compiled model would be compiled anew for this batch
+    plain = inner_model(model)  # a compiled model would be compiled again for this size of a batch
     with evaluation_mode(plain), torch.no_grad(), autocast(device, dtype), random_state_kept(device):
         try:
             logits = plain(images)
@@ -227,10 +230,10 @@ def count_classes(model: nn.Module, images: Tensor, device: torch.device, dtype:
 
 
 def check_logits(logits: Any, count: int) -> Tensor:
-    """The output of a model, if it is one row of logits for each of `count` images.
+    """Check that a model's output is one row of logits for each of `count` images, and return it.
 
     Raises:
-        ValueError: it is something else, which is named.
+        ValueError: it is something else; the message says what.
     """
     if not isinstance(logits, Tensor):
         raise ValueError(f"the model must return logits (N, K), not a {type(logits).__name__}")
@@ -241,12 +244,12 @@ def check_logits(logits: Any, count: int) -> Tensor:
 
 
 def check_evaluation(model: nn.Module, device: torch.device, dtype: torch.dtype, *loaders: Any) -> int:
-    """Look at the first batch of each loader to evaluate on, and at the model's answer to it.
+    """Check the first batch of each loader to evaluate on, and the model's answer to it.
 
     The model is moved to the device. Loaders and random state stay as they are.
 
     Returns:
-        The number of classes that the model tells apart.
+        The number of classes of the model.
 
     Raises:
         ValueError: all loaders are None; or a loader, its batch, or the model's answer cannot be used.
@@ -264,10 +267,10 @@ def check_evaluation(model: nn.Module, device: torch.device, dtype: torch.dtype,
 
 
 def first_batch(loader: BatchLoader) -> Any:
-    """The first batch of a loader. The loader's next pass and the global generators are as before.
+    """The first batch of a loader, whose next pass, like the random state, is as if nobody had looked.
 
     Raises:
-        ValueError: there is none.
+        ValueError: the loader has no batch.
     """
     before, sampler = random_state(loader), getattr(loader, "sampler", None)
     epoch = (sampler.epoch, sampler.first) if isinstance(sampler, EpochSampler) else None
@@ -282,7 +285,7 @@ def first_batch(loader: BatchLoader) -> Any:
 
 @contextlib.contextmanager
 def evaluation_mode(model: nn.Module) -> Iterator[None]:
-    """Put a model into evaluation mode; each of its modules gets its own mode back."""
+    """Put a model into evaluation mode; at the end each of its modules gets its earlier mode back."""
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
     try:
@@ -295,15 +298,15 @@ def evaluation_mode(model: nn.Module) -> Iterator[None]:
 def training_mode(model: nn.Module) -> None:
     """Put a model into training mode.
 
-    A model that is in training mode already is left as it is, so that modules in it which its caller
-    has put into evaluation mode, such as frozen norms, stay there.
+    A model that is in training mode already is left as it is. Its caller may have put some modules in it
+    into evaluation mode, such as norms whose statistics are frozen, and they stay there.
     """
     if not model.training:
         model.train()
 
 
 def warn_if_shuffled(loader: Any) -> None:
-    """Warn if a loader shuffles: images from another pass over it do not belong to these predictions."""
+    """Warn if a loader shuffles: its next pass has the images in another order than the predictions."""
     sampler = getattr(loader, "sampler", None)
     if isinstance(sampler, RandomSampler | WeightedRandomSampler):
         print("warning: the loader shuffles: predictions are in the order of this pass, no other has it")
