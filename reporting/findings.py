@@ -1,4 +1,4 @@
-"""What a report says of the test images: how sure each statement is, and what it cannot tell."""
+"""The text of a report on the test images: classes, calibration and mistakes, with their uncertainty."""
 
 import re
 from collections.abc import Sequence
@@ -10,27 +10,27 @@ from utils import Predictions, escape, markdown_table, plain, share_interval
 
 
 def figure(name: str, caption: str) -> str:
-    """A figure in Markdown."""
+    """The Markdown that shows a figure of the report."""
     return f"![{caption}](figures/{name}.png)"
 
 
 def counted(number: int, thing: str) -> str:
-    """So many things: 1 epoch, 2 epochs."""
+    """A number and what it counts, with a plural s where needed: 1 epoch, 2 epochs."""
     return f"{number:,} {thing}{'' if number == 1 else 's'}"
 
 
 def paragraphs(*parts: str) -> str:
-    """Markdown blocks with a blank line between them."""
+    """Join blocks of Markdown, with a blank line between them."""
     return "\n\n".join(parts)
 
 
 def details(summary: str, body: str) -> str:
-    """What is folded away until a reader asks for it."""
+    """A part of a page that is folded away until the reader clicks on its summary."""
     return f"<details>\n<summary>{summary}</summary>\n\n{body}\n\n</details>"
 
 
 def fenced(text: str, language: str = "") -> str:
-    """A block of code, whatever is in it."""
+    """A block of code in Markdown; its fence is longer than any that the text itself contains."""
     lines = [plain(line, squeeze=False) for line in text.splitlines()]
     longest = max(map(len, re.findall("`+", text)), default=0)
     fence = "`" * max(3, longest + 1)
@@ -38,7 +38,7 @@ def fenced(text: str, language: str = "") -> str:
 
 
 def in_percent(interval: tuple[float, float]) -> str:
-    """The two ends of an interval of shares."""
+    """The two ends of an interval of fractions, as percentages."""
     return f"{interval[0]:.1%} to {interval[1]:.1%}"
 
 
@@ -49,7 +49,7 @@ def accuracy_interval(predictions: Predictions) -> tuple[float, float]:
 
 
 def classes_section(predictions: Predictions, classes: Sequence[str]) -> str:
-    """Precision and recall of each class, as far as the images tell them apart."""
+    """The section on classes: precision and recall of each, and which differences are not by chance."""
     from sklearn.metrics import precision_recall_fscore_support  # a second of imports
 
     scores = precision_recall_fscore_support(
@@ -83,7 +83,16 @@ def classes_section(predictions: Predictions, classes: Sequence[str]) -> str:
 def told_apart(
     classes: Sequence[str], recall: np.ndarray, counts: np.ndarray, intervals: list[tuple[float, float]]
 ) -> str:
-    """Which classes are found better than which, if intervals tell; and which have no image."""
+    """Sentences on which classes are found more often than others, and which have no test image.
+
+    Two classes are only called different if the intervals of their recalls do not overlap.
+
+    Args:
+        classes: their names.
+        recall: of each class, as a fraction.
+        counts: test images of each class.
+        intervals: of each recall; all hold at once with 95 %.
+    """
     judged = np.flatnonzero(counts).tolist()
     absent = [name for name, count in zip(classes, counts, strict=True) if not count]
     said = []
@@ -105,13 +114,18 @@ def told_apart(
 
 
 def some(names: Sequence[str], most: int = 5) -> str:
-    """The first of some names, and how many others there are."""
+    """The first names of a list, at most `most`, and the number of the others."""
     rest = f" and {len(names) - most:,} others" if len(names) > most else ""
     return ", ".join(names[:most]) + rest
 
 
 def confusions(predictions: Predictions, classes: Sequence[str], count: int = 5) -> list[list]:
-    """Table rows of the pairs that are confused most, whichever way: a or b, a for b, b for a, share."""
+    """The pairs of classes that are confused most often, in either direction, as rows of a table.
+
+    Returns:
+        For each of `count` pairs at most: "a, b"; images of a taken for b; of b taken for a; the pair's
+        share of all mistakes.
+    """
     wrong = predictions.misclassified()
     pairs = np.zeros((len(classes), len(classes)), int)
     np.add.at(pairs, (predictions.labels[wrong], predictions.predicted[wrong]), 1)
@@ -125,7 +139,10 @@ def confusions(predictions: Predictions, classes: Sequence[str], count: int = 5)
 
 
 def calibration_section(predictions: Predictions, label_smoothing: float = 0.0) -> str:
-    """Whether the network is as often right as it says; label smoothing asks it to be less sure."""
+    """The section on calibration: whether the answers are right as often as their probabilities say.
+
+    With label smoothing a network is trained to be less sure than it could be, and the text says so.
+    """
     calibration, sure = predictions.calibration(), predictions.probabilities.max(1)
     low, high = accuracy_interval(predictions)
     mean = float(sure.mean())
@@ -165,7 +182,7 @@ def mistakes_section(
     config: dict,
     files: Sequence[str] | None = None,
 ) -> str:
-    """What is taken for what and how surely, misclassified images, and where the network looked."""
+    """The section on mistakes: which classes are confused, the worst mistakes, and their Grad-CAM."""
     wrong, total = predictions.misclassified(), len(predictions.labels)
     said = f"{len(wrong):,} of {total:,} test images are misclassified."
     if not len(wrong):
@@ -189,9 +206,9 @@ def mistakes_section(
 
 
 def numbers(config: dict, shown: np.ndarray, files: Sequence[str] | None) -> str:
-    """What the number of an image is, how one gets the picture, and of which file it is."""
+    """What the numbers of the shown images mean, code that shows one of them, and their files if any."""
     source = f"{config['dataset']!r}, 'test', {config['data']!r}"
-    if config["dataset"] == "folder":  # as the run read its files
+    if config["dataset"] == "folder":  # the code must read the files as the run did
         options = {name: config[name] for name in ("image_size", "fit") if name in config}
         source += "".join(f", {name}={value!r}" for name, value in options.items())
     code = (
@@ -210,7 +227,11 @@ def numbers(config: dict, shown: np.ndarray, files: Sequence[str] | None) -> str
 
 
 def cams_part(layers: dict[str, int]) -> tuple[str, ...]:
-    """Grad-CAM of the mistakes, and what it can and cannot tell."""
+    """The part with Grad-CAM of the mistakes, and what such maps can and cannot tell.
+
+    Args:
+        layers: that are shown, each with the side of its maps in pixels.
+    """
     if not layers:
         return ("No layer of this network has maps of 5 x 5 or more, so there is no Grad-CAM here.",)
     sizes = ", ".join(f"{side} x {side} places at {name}" for name, side in layers.items())
