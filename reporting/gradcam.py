@@ -13,8 +13,8 @@ from training.inputs import count_classes
 from training.optim import copy_of
 from utils import inner_model, nearest
 
-SMALLEST_MAP = 5  # pixels: a class activation map under 5 x 5 shows where nothing is
-COLOURS = "plasma"  # from blue to yellow: none of its colours is a grey, on which it lies
+SMALLEST_MAP = 5  # pixels a side: a smaller map is too coarse to show where something is
+COLOURS = "plasma"  # from blue to yellow, without a grey, so that it stands out from the grey image
 
 
 def cam_layers(model: nn.Module, image_size: int = 32) -> dict[str, int]:
@@ -55,7 +55,9 @@ def map_shapes(model: nn.Module, image_size: int) -> dict[str, tuple[int, ...]]:
 
 
 def inner_copy(model: nn.Module) -> nn.Module:
-    """A copy of a model; of a compiled or parallel one, of the model inside, whose layers have names.
+    """A copy of a model; of a compiled or parallel one, a copy of the model inside it.
+
+    Only the model inside has the names by which its layers are known.
 
     Raises:
         ValueError: it cannot be copied.
@@ -70,10 +72,10 @@ def gradcam(
 ) -> np.ndarray:
     """Grad-CAM (Selvaraju et al., arXiv:1610.02391): where a layer sees evidence for a class.
 
-    A value is the part of the class's score (its logit) that the place adds, by the gradient at the
-    layer. Nothing is scaled or subtracted, so that maps of two classes can be compared. What speaks
-    against the class, which is under 0, becomes 0, as in the paper. Works on a copy of the model in
-    float32, so mode, gradients and hooks of the model stay as they are.
+    A value estimates, by the gradient at the layer, how much the place adds to the class's score, which
+    is its logit. Maps are not scaled one by one, so that those of two classes can be compared. Evidence
+    against the class has values under 0, which become 0 as in the paper. A copy of the model in float32
+    is used, so that mode, gradients and hooks of the model itself stay as they are.
 
     Args:
         images: normalised float (N, 3, H, W).
@@ -81,10 +83,11 @@ def gradcam(
         targets: the class to explain for each image, (N,).
 
     Returns:
-        float32 (N, H, W), 0 or more, enlarged to the image; 0 everywhere: nothing speaks for the class.
+        float32 (N, H, W), 0 or more, enlarged to the size of the images. Where a map is 0 everywhere,
+        the layer sees no evidence for the class.
 
     Raises:
-        ValueError: unknown layer, a map under 5 x 5, or targets that do not fit.
+        ValueError: the layer is unknown, its map is under 5 x 5, or the targets do not fit the images.
     """
     from pytorch_grad_cam import GradCAM  # two seconds of imports
     from pytorch_grad_cam.utils.model_targets import ClassifierOutputTarget
@@ -98,12 +101,12 @@ def gradcam(
     model = inner_copy(model).float().eval().requires_grad_()
     device = next(model.parameters()).device
     with torch.inference_mode(False), torch.no_grad():
-        images = images.clone()  # of one made in inference mode no gradient can be had
+        images = images.clone()  # a tensor made in inference mode allows no gradient, its clone does
         classes = count_classes(model, images, device, torch.float32)
     if not all(0 <= target < classes for target in targets):
         raise ValueError(f"targets must be 0 to {classes - 1}, not {min(targets)} to {max(targets)}")
     with torch.inference_mode(False), torch.enable_grad(), torch.autocast(device.type, enabled=False):
-        # Not as a context manager, which hides an IndexError; the hooks die with the copy.
+        # Not as a context manager, which would hide an IndexError. Its hooks are on the copy alone.
         module = model.get_submodule(layer)
         cam = GradCAM(model, [module])
         wanted = [ClassifierOutputTarget(target) for target in targets]
@@ -115,10 +118,10 @@ def gradcam(
 
 
 def check_layer(model: nn.Module, layer: str, image_size: int) -> tuple[int, int]:
-    """Height and width of a layer's maps.
+    """The height and width of a layer's maps, in pixels.
 
     Raises:
-        ValueError: Grad-CAM cannot use the layer; those that it can use are named.
+        ValueError: Grad-CAM cannot use the layer; the message names the layers that it can use.
     """
     shapes = map_shapes(model, image_size)
     allowed = ", ".join(f"{name} ({side} px)" for name, side in large_stages(shapes).items())
@@ -136,14 +139,17 @@ def check_layer(model: nn.Module, layer: str, image_size: int) -> tuple[int, int
 def overlay(
     image: np.ndarray, heat: np.ndarray, opacity: float = 0.75, top: float | None = None
 ) -> np.ndarray:
-    """An image in grey under its map: colour is evidence, and the more there is, the less of the image.
+    """Lay a map in colour over its image in grey; the more evidence, the less of the image is seen.
 
     Args:
         image: uint8 (H, W, 3).
-        heat: float (h, w), 0 or more, scaled to the image's size.
-        opacity: of the map where it is greatest.
-        top: the value of the brightest colour; none: the greatest of this map. Maps that are compared
-            need one for all.
+        heat: the map, float (h, w), 0 or more; it is resized to the image.
+        opacity: of the colour where the evidence is greatest, 0 to 1.
+        top: the value that gets the brightest colour; none: the greatest of this map. Maps that are to
+            be compared need the same.
+
+    Returns:
+        uint8 (H, W, 3).
     """
     top = float(heat.max() if top is None else top) or 1.0
     heat = np.clip(cv2.resize(heat, image.shape[1::-1]) / top, 0, 1)
