@@ -11,7 +11,9 @@ from PIL import Image
 from reporting.gradcam import overlay
 from utils import Predictions
 
-DEEP = 0.78  # of a cell's colour, over which its number is white: there black and white both have 4.5:1
+# Depth of a cell's colour, 0 to 1, above which its number is white instead of black. At this depth both
+# have a contrast of 4.5 to 1, the least that the WCAG allow for text.
+DEEP = 0.78
 
 
 def figure(image: np.ndarray, caption: str) -> str:
@@ -21,7 +23,7 @@ def figure(image: np.ndarray, caption: str) -> str:
 
 
 def legend(opacity: float = 0.75, about: str = "") -> str:
-    """What the colours of a map mean, drawn as `overlay` draws them on a grey picture."""
+    """A bar that explains the colours of Grad-CAM, drawn as `overlay` draws them on a grey picture."""
     grey = np.full((16, 256, 3), 128, np.uint8)
     ramp = overlay(grey, np.tile(np.linspace(0, 1, 256, dtype=np.float32), (16, 1)), opacity)
     bar = picture_tag(ramp, "to")
@@ -29,35 +31,36 @@ def legend(opacity: float = 0.75, about: str = "") -> str:
 
 
 def picture_tag(image: np.ndarray, alternative: str) -> str:
-    """An image uint8 (H, W, 3) as HTML that needs no other file; a small one without loss."""
+    """An image uint8 (H, W, 3) as an HTML tag that holds its pixels; a small image loses no detail."""
     buffer = io.BytesIO()
     Image.fromarray(image).save(buffer, "WEBP", lossless=len(image) <= 64, quality=90)
     return tag(buffer, alternative)
 
 
 def tag(buffer: io.BytesIO, alternative: str) -> str:
-    """An encoded picture as HTML that needs no other file."""
+    """A picture encoded as WebP, as an HTML tag that holds it."""
     content = base64.b64encode(buffer.getvalue()).decode()
     return f'<img src="data:image/webp;base64,{content}" alt="{html.escape(alternative)}">'
 
 
 def note(text: str, role: str = "note") -> str:
-    """A line in the place of what is not there; as an alert it is read out at once."""
+    """A line of text where something cannot be shown; with role "alert" it is read out at once."""
     return f'<p class="note" role="{role}">{text}</p>'
 
 
 def wide(name: str, content: str, style: str = "", about: str = "") -> str:
-    """What may be wider than a phone: under its heading, and scrolled by finger or by keyboard."""
+    """A section whose content may be wider than a phone, and is scrolled by finger or by keyboard."""
     region = f'<div class="plot" role="region" aria-label="{name}" tabindex="0" style="{style}">'
     hint = '<p class="hint">Swipe sideways to see all of it.</p>'
     return f"<section><h2>{name}</h2><p>{about}</p>{hint}{region}{content}</div></section>"
 
 
 def matrix(predictions: Predictions, classes: Sequence[str]) -> str:
-    """The confusion matrix as a table, whose rare mistakes can be told from none by day and by night."""
+    """The confusion matrix as a table, coloured so that even a rare mistake differs from none."""
     counts = np.zeros((len(classes), len(classes)), int)
     np.add.at(counts, (predictions.labels, predictions.predicted), 1)
-    depths = np.sqrt(counts / np.maximum(counts.sum(1, keepdims=True), 1))  # 1 % of a row: a tenth
+    # The root makes rare mistakes visible: 1 % of a row has a tenth of the full colour.
+    depths = np.sqrt(counts / np.maximum(counts.sum(1, keepdims=True), 1))
     names = [html.escape(name) for name in classes]
     heads = (f'<th scope="col"><span>{name}</span></th>' for name in names)
     rows = [f"<tr><td></td>{''.join(heads)}</tr>"]
@@ -70,7 +73,7 @@ def matrix(predictions: Predictions, classes: Sequence[str]) -> str:
 
 
 def cell(number: int, depth: float) -> str:
-    """A number of the confusion matrix on a colour of some depth, from 0 to 1."""
+    """A cell of the confusion matrix: a number on a colour whose depth is 0 to 1."""
     if not number:
         return "<td>0</td>"
     deep = ' class="deep"' if depth > DEEP else ""
