@@ -28,7 +28,7 @@ from utils import History, Predictions, escape, markdown_table, show_duration
 def headline(
     config: dict, history: History, predictions: Predictions, classes: Sequence[str], precision: str
 ) -> str:
-    """The result, and what one has to know to judge it."""
+    """The head of the report: the result, and what a reader needs to know to judge it."""
     row = history.epochs[-1]
     counts = np.bincount(predictions.labels, minlength=len(classes))
     validation = [] if row.val_accuracy is None else [["validation accuracy", f"{row.val_accuracy:.2%}"]]
@@ -60,7 +60,7 @@ def headline(
 
 
 def measured_on(config: dict) -> str:
-    """Of what the training accuracy is."""
+    """Words for the images on which the training accuracy was measured."""
     return "augmented images" if augmentations(config) else "images that are not augmented"
 
 
@@ -99,7 +99,7 @@ def against_overfitting(config: dict) -> str:
 def warnings_of(
     config: dict, history: History, predictions: Predictions, classes: Sequence[str]
 ) -> list[str]:
-    """What makes the result worth little: a network that is dead, or a run that was cut short."""
+    """A warning in Markdown if the network learned nothing, or the run did not come to its end."""
     faults: dict[str | None, list[str]] = {}
     last = history.epochs[-1]
     for row, lrs in zip(history.epochs, np.array_split(history.lrs, last.epoch), strict=True):
@@ -133,7 +133,7 @@ def how_evaluated(config: dict) -> list[str]:
 
 
 def data_section(loaders: Loaders, config: dict) -> str:
-    """What was trained on, and how it looks after augmentation."""
+    """The section on the images: number, normalisation, and what augmentation does to them."""
     sizes = [
         f"{len(loader.dataset.split):,} {name}"
         for name, loader in loaders._asdict().items()
@@ -155,7 +155,7 @@ def data_section(loaders: Loaders, config: dict) -> str:
 
 
 def augmentations(config: dict) -> list[str]:
-    """The random changes of a training image, in words."""
+    """The random changes that augmentation makes to a training image, in words."""
     changes = {
         f"shifted by up to {config['padding']} px, its border reflected": config["padding"],
         "mirrored half of the time": config["flip"],
@@ -166,7 +166,7 @@ def augmentations(config: dict) -> list[str]:
 
 
 def model_section(config: dict, model: nn.Module, summary: str) -> str:
-    """What the network is, and torchinfo's table."""
+    """The section on the network: its name, its size, and torchinfo's table of its layers."""
     count = sum(parameter.numel() for parameter in model.parameters())
     return paragraphs(
         "## Network",
@@ -176,7 +176,7 @@ def model_section(config: dict, model: nn.Module, summary: str) -> str:
 
 
 def finder_section(config: dict, finder: LRFinderResult | None, history: History) -> str:
-    """The range test and what its rules suggest."""
+    """The section on the learning rate: the range test, and what each rule reads from its curve."""
     if finder is None:
         source = "was given" if config["lr"] else "is that of a range test whose lr_finder.json is gone"
         return f"## Learning rate\n\nThe peak {source}. {schedule_line(config, history)}"
@@ -197,7 +197,7 @@ def finder_section(config: dict, finder: LRFinderResult | None, history: History
 
 
 def schedule_line(config: dict, history: History) -> str:
-    """The least and greatest rate of the run: the exercise's LRMIN and LRMAX."""
+    """A sentence on the rates of the run, by the names that the exercise uses: LRMIN and LRMAX."""
     if config["scheduler"] == "none":
         return f"The rate was {history.lrs[0]:.3e} throughout."
     return (
@@ -207,7 +207,7 @@ def schedule_line(config: dict, history: History) -> str:
 
 
 def training_section(config: dict, history: History) -> str:
-    """How it was trained, the log, the curves and the rate of every step."""
+    """The section on the training: how it was done, a row for each epoch, and the curves."""
     parts, rows = history.epochs[0].parts, []
     heads = ["epoch", "lr", *(f"{part} {metric}" for part in parts for metric in ("loss", "acc"))]
     for row in history.epochs:
@@ -226,7 +226,7 @@ def training_section(config: dict, history: History) -> str:
 
 
 def method(config: dict, history: History) -> str:
-    """How long the network was trained, on what, by what."""
+    """A sentence on how the network was trained: epochs, steps, batch, optimizer and its options."""
     options = {"weight decay": config["weight_decay"], "label smoothing": config["label_smoothing"]}
     return (
         f"{counted(len(history.epochs), 'epoch')} of {counted(history.steps_per_epoch, 'step')}, "
@@ -237,13 +237,13 @@ def method(config: dict, history: History) -> str:
 
 
 def gap_of(history: History) -> float:
-    """Points by which the last training accuracy is over the accuracy on other images."""
+    """By how many percentage points the last training accuracy exceeds that on other images."""
     row = history.epochs[-1]
     return 100 * (row.train_accuracy - row.stats()[row.parts[1]].accuracy)
 
 
 def gap(config: dict, history: History) -> str:
-    """What the last training and test accuracy say about each other, by causes that the run has."""
+    """What the difference between training and test accuracy means, given the settings of the run."""
     points, name = gap_of(history), "test"
     if history.epochs[-1].parts[1] == "val":
         name = "validation"
@@ -264,7 +264,7 @@ def gap(config: dict, history: History) -> str:
 
 
 def repeat_section(config: dict, machine: str, predictions: Predictions) -> str:
-    """The command, the machine, and every field of the run."""
+    """The section on repeating the run: its command, the machine, and every setting."""
     usual = asdict(Config(dataset=config["dataset"])) | {"dataset": Config.dataset}
     low, high = accuracy_interval(predictions)
     said = chance(Config(**config).recipe)
