@@ -1,1 +1,1 @@
-"""The parts of figures, of the report and of the web page: maps, letters, findings, sections, markup."""
+"""What figures, report and web page are made of: Grad-CAM, lettering, the report's text, HTML."""
