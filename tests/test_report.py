@@ -366,6 +366,7 @@ def test_the_report_says_how_much_the_seed_is_known_to_move_and_what_tells_more(
     assert "standard deviation" not in other and "`python main.py compare` tells" in other
 
 
+@pytest.mark.slow
 def test_the_report_tells_how_to_run_it_again_and_where_it_ran(finished):
     text = (finished / "report.md").read_text()
     command = re.search(r"```\npython main.py (.*)\n```", text)[1]
