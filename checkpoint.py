@@ -26,14 +26,15 @@ def save_checkpoint(folder: str | Path, state: dict, step: int, mirror: Mirror |
     """Write the state of a run as step-STEP.ckpt, and keep the `KEPT` newest.
 
     Args:
-        folder: made if need be.
-        state: tensors and plain Python only, NumPy's numbers and arrays too.
+        folder: where the file goes; it is made if it is missing.
+        state: tensors and plain Python; numbers and arrays of NumPy are turned into these.
         step: updates done so far.
-        mirror: gets a copy, in its own time; a warning is printed if it cannot.
+        mirror: a second folder, to which a thread copies the file while the training goes on. A copy
+            that fails is a printed warning.
 
     Raises:
         ValueError: something in the state could be written but not read back.
-        OSError: `folder` cannot hold it; the checkpoints before are untouched.
+        OSError: `folder` cannot hold it; the earlier checkpoints are untouched.
     """
     buffer = io.BytesIO()
     torch.save(plain_state(state, "the state"), buffer)
@@ -49,7 +50,11 @@ def save_checkpoint(folder: str | Path, state: dict, step: int, mirror: Mirror |
 
 
 def remove_old(newest: Path) -> None:
-    """Remove all but the last checkpoints up to `newest`, and what killed processes left behind."""
+    """Keep `newest` and the checkpoints just before it, `KEPT` in all, and remove the earlier ones.
+
+    Checkpoints of later steps are left alone, as they may be another run's. Files that killed processes
+    left half-written are removed.
+    """
     folder = newest.parent
     older = [path for path in sorted(folder.glob("step-*.ckpt")) if path.name <= newest.name]
     for path in [*older[:-KEPT], *folder.glob(".step-*.tmp")]:
@@ -59,14 +64,15 @@ def remove_old(newest: Path) -> None:
 def load_checkpoint(*folders: str | Path | None) -> dict | None:
     """The state of the newest whole checkpoint in some folders, or None if there is none.
 
-    A damaged one is named, set aside as *.damaged, and passed over for the one before. One that cannot
-    be read now is passed over too, and left alone; from an older one training ends with the same bits.
-    Tensors are on the CPU; nothing in a file can run.
+    A damaged checkpoint is named in a warning and renamed to *.damaged, and the one before it is read
+    instead. A checkpoint that cannot be read at the moment is passed over, too, but keeps its name. A
+    training that goes on from an older checkpoint takes longer, and ends with the same bits. The tensors
+    are on the CPU. No file can run code.
 
     Raises:
-        OSError: there are checkpoints, and none can be read now.
-        MemoryError: a file may be whole, but there is no memory for it.
-        ValueError: a whole file holds what was not made here, or by another version.
+        OSError: there are checkpoints, and none can be read at the moment.
+        MemoryError: there is not enough memory to load a file, which may be whole.
+        ValueError: a file is whole, but its contents were not written by this package.
     """
     unread: OSError | None = None
     paths: list[Path] = []
@@ -101,15 +107,16 @@ def checkpoints_in(folder: Path) -> list[Path]:
 
 
 class DamagedError(ValueError):
-    """A checkpoint is not as it was written."""
+    """A checkpoint's bytes are not those that were written."""
 
 
 def read_checkpoint(path: Path) -> dict:
-    """One checkpoint, whose digest must match.
+    """Read one checkpoint file, after its SHA-256 was checked.
 
     Raises:
-        DamagedError: it does not.
-        ValueError: it does, but the file holds objects that are not loaded, as they could run code.
+        DamagedError: the SHA-256 at its end is not that of the bytes before it.
+        ValueError: the SHA-256 is right, but the file holds objects that could run code; they are not
+            loaded.
     """
     content = read_bytes(path)
     body, expected = content[:-DIGEST], content[-DIGEST:]
@@ -119,20 +126,24 @@ def read_checkpoint(path: Path) -> dict:
         return torch.load(io.BytesIO(body), map_location="cpu", weights_only=True)
     except MemoryError:
         raise
-    except Exception as error:  # whatever a hostile file raises
+    except Exception as error:  # a file that is made to do harm can raise any kind
         kind = type(error).__name__
         raise ValueError(f"checkpoint {path} is whole, but holds what is never read ({kind})") from None
 
 
 def set_aside(path: Path) -> str:
-    """Take a damaged file out of the way of the whole ones, if the folder can be written; say so."""
+    """Rename a damaged file, so that it is not taken for a checkpoint again.
+
+    Returns:
+        Words for the warning about the file; none if it could not be renamed.
+    """
     with contextlib.suppress(OSError):
         return f"; it is kept as {path.rename(path.with_suffix('.damaged')).name}"
     return ""
 
 
 class Checkpoints:
-    """Where the files of one training go, whether it goes on from them, and when the next is due.
+    """Where the files of one training go, whether it goes on from them, and how often they are written.
 
     Args:
         folder: for checkpoints, history, TensorBoard events and, if there is a `card`, weights; None
@@ -144,8 +155,8 @@ class Checkpoints:
         mirror: a second folder for checkpoints.
         seconds: between checkpoints within an epoch; there is one after each epoch too.
 
-    `fit_model` does the rest. `history` and `epoch_state` say how far it has come. From `start` to the
-    end of the `with` block, no other process can use the folder.
+    Give it to `fit_model`, which calls its methods. `history` and `epoch_state` say how far the training
+    has come. From `start` to the end of the `with` block, no other process can use the folder.
     """
 
     def __init__(
@@ -189,13 +200,16 @@ class Checkpoints:
         check: Callable[[EpochState], None],
         random_state: Callable[[], dict] = dict,
     ) -> "Checkpoints":
-        """Begin with the newest checkpoint, or at the beginning; returns itself, to be used by `with`.
+        """Load the newest checkpoint, or write the first one; returns itself, to be used by `with`.
 
         Args:
-            parts: what has a state_dict, by name: model, ema_model, optimizer, scheduler, scaler.
-            train_settings: about the training, plain data; the same when it is continued.
+            parts: the objects that have a state_dict, by name: model, ema_model, optimizer, scheduler,
+                scaler.
+            train_settings: settings of the training as plain data; a continued training must have the
+                same.
             check: called with the epoch's state before it is saved; raises if a loss was not finite.
-            random_state: what the training loader draws from, asked for before each epoch.
+            random_state: returns the state that the training loader draws from; called before each
+                epoch.
 
         Raises:
             ValueError: the checkpoint is another run's, there is one and it is not to be continued, or
@@ -208,9 +222,8 @@ class Checkpoints:
         self.failure: OSError | None = None
         self.locked = False
         self.machine = {"device": device.type, **environment(device)}
-        if (
-            self.run is None or self.folder is None
-        ):  # nothing is to be kept; one is None where the other is
+        # Where nothing is to be kept both are None; the type checker does not know that.
+        if self.run is None or self.folder is None:
             return self
         self.folder.mkdir(parents=True, exist_ok=True)
         self.locked = lock_folder(self.run)
@@ -222,7 +235,7 @@ class Checkpoints:
         return self
 
     def begin(self, device: torch.device) -> None:
-        """`start`, in a folder that is this process's own."""
+        """Do the part of `start` for which the folder must be locked."""
         folders = [folder for folder in (self.folder, self.mirrored) if folder is not None]
         if not self.resume:
             for folder in folders:
@@ -233,7 +246,7 @@ class Checkpoints:
             refuse_lost_run(self.run)
             if self.resume:
                 print(f"nothing to resume in {self.folder}: the run begins")
-            self.save()  # step 0: a run that fails early can start again from the same initial weights
+            self.save()  # of step 0, so that a run that fails early can begin again from these weights
             self.check_written()
             return
         try:
@@ -251,14 +264,17 @@ class Checkpoints:
             self.save_epoch()
 
     def check_written(self) -> None:
-        """Read the first checkpoint back, before anything is trained that only it could bring back."""
+        """Check before training that the weights fit their card and that a checkpoint can be read back.
+
+        A drive that loses what is written to it is so noticed before there is anything to lose.
+        """
         if self.card is not None:
             weights_content(self.parts.get("ema_model", self.parts["model"]), self.card)
         if self.failure is None and load_checkpoint(self.folder) is None:
             raise ValueError(f"what is written to {self.folder} does not come back as it was written")
 
     def restore(self, state: dict, device: torch.device) -> None:
-        """Load a state into the parts, the history and the epoch's state."""
+        """Load a checkpoint's state into the parts, the history and the epoch's state."""
         if set(state["parts"]) != set(self.parts):
             raise ValueError(
                 f"the checkpoint has {sorted(state['parts'])}, the run {sorted(self.parts)}"
@@ -278,7 +294,7 @@ class Checkpoints:
             )
 
     def save(self) -> None:
-        """Write a checkpoint now; a failure is printed, kept in `failure`, and harms nothing."""
+        """Write a checkpoint now. If that fails, a warning is printed, and the training can go on."""
         if self.folder is None:
             return
         self.check(self.epoch_state)
@@ -319,16 +335,16 @@ class Checkpoints:
         self.save()
 
     def attempt(self, write: Callable, *arguments: Any) -> None:
-        """Write, and go on training if that fails."""
+        """Call a function that writes. If it fails, print a warning and keep the error in `failure`."""
         try:
             write(*arguments)
         except OSError as error:
-            if self.failure is None:  # said once, not for each file
+            if self.failure is None:  # one warning an epoch is enough
                 print(f"warning: not written: {reason(error)}; what was there before is kept")
             self.failure = self.failure or error
 
     def raise_failure(self) -> None:
-        """Raise what kept the last epoch's files from being written, if anything did."""
+        """Raise the error that kept the last epoch's files from being written, if there was one."""
         if self.failure:
             raise self.failure
 
@@ -352,14 +368,21 @@ def check_same_run(before: dict | None, now: dict | None) -> None:
     if before is None or now is None:
         return
     check_version(before["config"])
-    check_same_settings(asdict(Config()) | before["config"], now["config"])  # newer fields: defaults
+    # A field that did not exist yet when the run began had the effect of its default.
+    check_same_settings(asdict(Config()) | before["config"], now["config"])
     check_same_images(before, now, now["config"].get("data"))
     if before.get("augmentation", now.get("augmentation")) != now.get("augmentation"):
         raise ValueError("the augmentation is not the one that the run began with")
 
 
 def check_same_images(card: dict, now: dict, root: str) -> None:
-    """Refuse images in `root` whose SHA-256, as far as it is in `now`, is not that on a run's card."""
+    """Refuse images whose SHA-256 is not the one on a run's card.
+
+    Args:
+        card: of the run.
+        now: the card of the images that are there; those of which it has no SHA-256 are not compared.
+        root: the folder of these images, which the message names.
+    """
     for name, part in {"data_sha256": "training", "test_sha256": "test"}.items():
         if name in now and card.get(name, now[name]) != now[name]:
             raise ValueError(
@@ -368,7 +391,7 @@ def check_same_images(card: dict, now: dict, root: str) -> None:
 
 
 def warn_of_another_machine(before: dict[str, str], now: dict[str, str]) -> None:
-    """Say what of the machine and the versions is not as it was when the checkpoint was written."""
+    """Warn if the device, the machine or the versions are not those that wrote the checkpoint."""
     changed = [f"{old}, now {now[name]}" for name, old in before.items() if old != now[name]]
     if changed:
         print(
@@ -378,7 +401,7 @@ def warn_of_another_machine(before: dict[str, str], now: dict[str, str]) -> None
 
 
 def check_same_training(before: dict, now: dict) -> None:
-    """Refuse to continue a training with other settings; those that it lacks may differ."""
+    """Refuse to continue a training with other settings; one that it did not have is not compared."""
     for name, value in now.items():
         if before.get(name, value) != value:
             raise ValueError(
@@ -388,7 +411,7 @@ def check_same_training(before: dict, now: dict) -> None:
 
 
 def check_shapes(stored: dict, parts: dict) -> None:
-    """Refuse tensors that do not fit the model before any of them is copied."""
+    """Refuse a checkpoint whose tensors do not fit, before any of them is copied into the parts."""
     expected = {name: tensor.shape for name, tensor in parts["model"].state_dict().items()}
     for part in {"model", "ema_model"} & set(stored):
         stored_shapes = {name: tensor.shape for name, tensor in stored[part].items()}
@@ -412,7 +435,7 @@ def read_files(folder: Path, *names: str) -> list:
     """JSON files of a run folder as what they describe: `Config`, machine and versions, `History`.
 
     Raises:
-        ValueError: one is not there, or not what this package writes; it is named.
+        ValueError: a file is missing, or is not what this package writes; the message names it.
     """
     readers = {
         **dict.fromkeys((RUN_FILE, SEEDS_FILE), lambda path: Config(**json.loads(read_bytes(path)))),
@@ -431,7 +454,11 @@ def read_files(folder: Path, *names: str) -> list:
 
 
 def finished(history: History) -> History:
-    """The history, if it has an epoch."""
+    """The same history, if an epoch of it is finished.
+
+    Raises:
+        ValueError: none is.
+    """
     if not history.epochs:
         raise ValueError("no epoch is finished")
     return history

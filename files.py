@@ -1,4 +1,4 @@
-"""Writes a file whole or not at all, into a folder that one process uses."""
+"""Writes a file whole or not at all, copies files to a second folder, and locks a run's folder."""
 
 import contextlib
 import errno
@@ -12,7 +12,7 @@ from typing import TextIO, TypeVar
 try:
     import fcntl
 except ImportError:  # Windows: a folder has no lock there
-    fcntl = None  # type: ignore[assignment]  # a module, where there is one
+    fcntl = None  # type: ignore[assignment]  # elsewhere it is a module
 
 Answer = TypeVar("Answer")
 LOCKS: dict[Path, TextIO] = {}  # the open lock file of each folder that this process uses
@@ -23,10 +23,10 @@ def write_whole(path: str | Path, content: bytes | str) -> None:
 
     Args:
         path: of the file, in a folder that exists.
-        content: bytes, or text, which becomes UTF-8.
+        content: bytes, or text, which is written as UTF-8.
 
     Raises:
-        OSError: it could not be written; what was there before is untouched.
+        OSError: the file could not be written; an earlier one is untouched.
     """
     path = Path(path)
     partial = path.with_name(f".{path.name}.{os.getpid()}.tmp")
@@ -40,16 +40,16 @@ def write_whole(path: str | Path, content: bytes | str) -> None:
         with contextlib.suppress(OSError):
             partial.unlink()
         if isinstance(error, OSError):
-            error.filename = str(path)  # a failed write does not say of which file
+            error.filename = str(path)  # the error of a failed write does not name the file
         raise
     sync_folder(path.parent)
 
 
 def read_bytes(path: str | Path) -> bytes:
-    """What a file holds, if it is a regular file: reading a pipe could wait for ever.
+    """The bytes of a regular file. A pipe under its name is refused, as reading one could wait for ever.
 
     Raises:
-        OSError: it cannot be read, or is no regular file.
+        OSError: it cannot be read, or is not a regular file.
     """
     path = Path(path)
     if path.exists() and not path.is_file():
@@ -82,26 +82,29 @@ def answered(seconds: float, call: Callable[..., Answer], place: str | Path) -> 
 
 
 class Mirror:
-    """A second folder that gets copies of files, written by a thread, so that nobody waits for it.
+    """A second folder for copies of files, written by a thread, so that a slow drive delays no training.
 
-    The folder is made once, without its parents: where a drive is not mounted, nothing is written to
-    the local disk in its place. If another folder appears under its name later, as when the drive is
-    unmounted, that one gets nothing.
+    The folder is made at the first copy, but its parents are not: they are missing where a drive is not
+    mounted, and then nothing is written to the local disk instead. If another folder is found under the
+    name later, as when the drive was unmounted, nothing is written to that one.
 
     Args:
-        folder: to copy to.
-        patience: seconds that `close` waits for the last copies.
+        folder: where the copies go.
+        patience: seconds that `close` waits for the last copy.
     """
 
     def __init__(self, folder: str | Path, patience: float = 10.0):
         self.folder, self.patience = Path(folder), patience
         self.identity: tuple[int, int] | None = None
         self.thread: threading.Thread | None = None
-        self.lock = threading.Lock()  # held while it is decided who writes what next
+        self.lock = threading.Lock()  # guards `newest` and `thread`, which two threads change
         self.newest: tuple[str, bytes, Callable[[Path], None]] | None = None  # still to be written
 
     def copy(self, name: str, content: bytes, after: Callable[[Path], None]) -> None:
-        """Have a file written, then `after` called with its path; of files that wait, the newest."""
+        """Let the thread write a file, and then call `after` with its path.
+
+        If an earlier file still waits to be written, this one takes its place.
+        """
         with self.lock:
             if self.newest is not None:
                 print(f"warning: no copy of {self.newest[0]} in {self.folder}, which is slow")
@@ -111,7 +114,7 @@ class Mirror:
                 self.thread.start()
 
     def write_all(self) -> None:
-        """Write what waits, until nothing does."""
+        """Write the file that waits, until there is none: this is what the thread runs."""
         while True:
             with self.lock:
                 job, self.newest = self.newest, None
@@ -121,7 +124,7 @@ class Mirror:
             self.write(*job)
 
     def write(self, name: str, content: bytes, after: Callable[[Path], None]) -> None:
-        """Write one file; a failure is said in one line, and nothing more."""
+        """Write one file; if that fails, print a warning of one line."""
         try:
             if self.identity is None:
                 self.folder.mkdir(exist_ok=True)
@@ -135,7 +138,7 @@ class Mirror:
             print(f"warning: no copy of {name} in {self.folder}: {error.strerror or error}")
 
     def close(self) -> None:
-        """Wait until the newest copy is written, but not for ever."""
+        """Wait until the newest copy is written, for `patience` seconds at most."""
         thread = self.thread
         if thread is not None:
             thread.join(self.patience)
@@ -144,17 +147,18 @@ class Mirror:
 
 
 def lock_folder(folder: str | Path) -> bool:
-    """Keep other processes out of a run folder, and remove what killed ones left half-written there.
+    """Keep other processes out of a run folder, and remove half-written files of killed ones from it.
 
-    The system takes the lock from a process that ends, however it ends; unlike flock's, this kind does
-    not pass to worker processes, which outlive a killed one for seconds. A folder that can have no lock,
-    such as one on some network drives, is used without.
+    The operating system releases the lock of a process that ends, even of one that is killed. Unlike a
+    lock of flock, this one is not inherited by worker processes, which live on for seconds after the
+    process that started them was killed. Some network drives have no locks; a folder there is used
+    without.
 
     Returns:
-        Whether it is newly locked; False if this process had it before, or it can have no lock.
+        Whether this call has locked it; False if this process had locked it before, or it has no locks.
 
     Raises:
-        ValueError: another process has it.
+        ValueError: another process has locked it.
     """
     path = Path(folder).resolve()
     if fcntl is None or path in LOCKS:
@@ -181,7 +185,7 @@ def lock_folder(folder: str | Path) -> bool:
 
 
 def unlock_folder(folder: str | Path) -> None:
-    """Let other processes have a run folder."""
+    """Let other processes use a run folder again."""
     file = LOCKS.pop(Path(folder).resolve(), None)
     if file is not None:
         file.close()
@@ -189,7 +193,7 @@ def unlock_folder(folder: str | Path) -> None:
 
 @contextlib.contextmanager
 def unlocked_on_error(folder: str | Path) -> Iterator[None]:
-    """Let others have a run folder if what was to be done with it fails."""
+    """Unlock a run folder if this block fails."""
     try:
         yield
     except BaseException:
@@ -199,7 +203,7 @@ def unlocked_on_error(folder: str | Path) -> Iterator[None]:
 
 @contextlib.contextmanager
 def unlocked_after(folder: str | Path) -> Iterator[None]:
-    """Let others have a run folder when this block is left."""
+    """Unlock a run folder at the end of this block, however it ends."""
     try:
         yield
     finally:
@@ -207,7 +211,7 @@ def unlocked_after(folder: str | Path) -> Iterator[None]:
 
 
 def reason(error: Exception) -> str:
-    """An error in one line; one of the operating system says which file, and why."""
+    """An error in one line; if it is the operating system's, the file and what is wrong with it."""
     if isinstance(error, OSError) and error.filename and error.strerror:
         return f"{error.filename}: {error.strerror}"
     return " ".join(str(error).split())
@@ -223,7 +227,7 @@ def bad_input_refused() -> Iterator[None]:
 
 
 def sync_folder(folder: Path) -> None:
-    """Make a rename last through a power cut, on systems that can sync a folder."""
+    """Make sure that a renamed file is still there after a power cut, on systems that can do so."""
     with contextlib.suppress(OSError):
         descriptor = os.open(folder, os.O_RDONLY)
         try:

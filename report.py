@@ -1,4 +1,4 @@
-"""Turns one finished run into a folder a person can read."""
+"""Writes the report of a finished run: text, figures and a table of mistakes; and compares runs."""
 
 import base64
 import csv
@@ -72,10 +72,10 @@ def write_report(
     The tables are predictions.csv, of every test image, and mistakes.csv.
 
     Args:
-        folder: of a run; its config, machine, history and range test are read.
-        model: the trained network, for Grad-CAM.
+        folder: of a run; its configuration, machine, history and range test are read.
+        model: the trained network, for its summary and Grad-CAM.
         loaders: of the run, for sample and test images.
-        predictions: of the test loader.
+        predictions: of the network for the test loader.
 
     Returns:
         The path of report.md.
@@ -109,7 +109,10 @@ def write_report(
 
 
 def class_names(classes: Sequence[str]) -> list[str]:
-    """Names as the report shows them; with their numbers, where figures can show those alone."""
+    """Names of classes as the report shows them.
+
+    If no installed font can draw some of them, figures show numbers, and each name here gets its number.
+    """
     if font_note(classes):
         return [f"{k}: {escape(name)}" for k, name in enumerate(classes)]
     return [escape(name) for name in classes]
@@ -141,7 +144,10 @@ def answer(
 
 
 def to_html(text: str, folder: Path) -> str:
-    """A report as one page that needs no other file: an editor shows Markdown without its figures."""
+    """A report in Markdown as one HTML page that holds its figures.
+
+    Such a page can be opened and sent as it is; many editors show Markdown without its figures.
+    """
     from markdown_it import MarkdownIt
 
     def embed(match: re.Match[str]) -> str:
@@ -158,7 +164,7 @@ def to_html(text: str, folder: Path) -> str:
 def draw_training(
     folder: Path, config: dict, history: History, finder: LRFinderResult | None, loaders: Loaders
 ) -> None:
-    """The figures of data, rate and curves."""
+    """Save the figures of the training: sample images, curves, rates, range test if there is one."""
     images, labels = loaders.train.dataset[1, 0]
     pixels = denormalize(images[:20], **loaders.normalization)
     figures = {
@@ -174,7 +180,11 @@ def draw_training(
 def draw_results(
     folder: Path, model: nn.Module, loaders: Loaders, predictions: Predictions
 ) -> dict[str, int]:
-    """The figures of what the network gets right and wrong; returns the layers that Grad-CAM shows."""
+    """Save the figures of what the network gets right and wrong.
+
+    Returns:
+        The layers that Grad-CAM shows, each with the side of its maps in pixels.
+    """
     images, classes = dataset_of(loaders.test).split.images, loaders.classes
     last = {side: name for name, side in cam_layers(model, images.shape[1]).items()}  # of each size
     layers = {name: side for side, name in list(last.items())[-2:]}
@@ -193,7 +203,7 @@ def draw_results(
 
 
 def save_figures(folder: Path, figures: dict) -> None:
-    """Each figure as figures/NAME.png."""
+    """Save each figure as figures/NAME.png."""
     (folder / "figures").mkdir(exist_ok=True)
     for name, figure in figures.items():
         save_figure(figure, folder / "figures" / f"{name}.png")

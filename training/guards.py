@@ -1,4 +1,4 @@
-"""What stops a run before it is ruined: values that are not finite, signals, dead networks."""
+"""What stops a run before it is ruined, or warns: numbers not finite, signals, dead networks."""
 
 import contextlib
 import math
@@ -21,22 +21,28 @@ LR_HINT = "a lower --lr may help, or --precision fp32 if the run used another"
 
 
 def skips_on_device(optimizer: torch.optim.Optimizer) -> bool:
-    """Whether an update can be left out without waiting for the device to say so.
+    """Whether the device itself can skip an update whose loss or gradient is not finite.
 
-    PyTorch's fused CUDA optimizers can, by the flag that its gradient scaler sets.
+    PyTorch's fused CUDA optimizers can: they read a flag on the GPU, the one that PyTorch's gradient
+    scaler sets. The CPU then need not wait for the GPU at every step.
     """
     on_gpu = optimizer.param_groups[0]["params"][0].device.type == "cuda"
     return on_gpu and getattr(optimizer, "_step_supports_amp_scaling", False)
 
 
 def check_finite(epoch_state: EpochState, scaler: torch.amp.GradScaler, lr: float | None = None) -> None:
-    """Stop if a step of the epoch, or the one under way at rate `lr`, had a loss or gradient not finite.
+    """Stop the training if the loss or the gradient of a step was not finite.
 
-    In fp16 the scaler skips an update whose gradient overflows and halves its scale, which is normal now
-    and then; a scale under one says that it will not recover.
+    In fp16 the scaler skips an update whose gradient overflows and halves its scale. That is normal now
+    and then, but a scale under one shows that every gradient overflows.
+
+    Args:
+        epoch_state: the steps of the epoch so far.
+        scaler: of the gradients in fp16.
+        lr: the rate of a step that is under way and not counted in `epoch_state` yet, if there is one.
 
     Raises:
-        FloatingPointError: the weights are those before that step.
+        FloatingPointError: the message names the step; the weights are those before it.
     """
     loss, _, finite = epoch_state.totals.tolist()
     if finite < epoch_state.steps + (lr is not None):
@@ -54,10 +60,10 @@ def check_finite(epoch_state: EpochState, scaler: torch.amp.GradScaler, lr: floa
 
 @contextlib.contextmanager
 def statistics_kept_finite(model: nn.Module) -> Iterator[None]:
-    """Where a loss that is not finite spoiled a norm's running statistics, put the earlier ones back.
+    """Put back the running statistics of norms that a step with a number that is not finite has spoiled.
 
-    Such an update leaves the weights as they are, but the forward pass before it has moved the
-    statistics, and a network whose statistics are NaN cannot be evaluated.
+    The update of such a step is left out, so that the weights are as before. But its forward pass has
+    already moved the running statistics, and a network whose statistics are NaN cannot be evaluated.
     """
     before = [(x, x.clone()) for x in model.buffers() if x.is_floating_point()]
     try:
@@ -103,7 +109,7 @@ WORKER_PATIENCE = 0.2  # seconds that each worker process then has to end by its
 
 
 class Stopped(KeyboardInterrupt):
-    """SIGINT or SIGTERM ended a run, between two updates."""
+    """A SIGINT (Ctrl-C) or SIGTERM has ended a run between two updates."""
 
     def __init__(self, number: int):
         super().__init__(f"stopped by {signal.Signals(number).name}")
@@ -116,11 +122,11 @@ class Signals:
     def __init__(self) -> None:
         self.depth, self.since = 0, 0.0
         self.number: int | None = None
-        self.waiting = False  # for a batch
+        self.waiting = False  # whether the loop waits for a batch
         self.alarm: threading.Timer | None = None  # sends a deferred signal again
 
     def handle(self, number: int, frame: FrameType | None) -> None:
-        """Raise `Stopped`, or note it for the end of what must not be interrupted."""
+        """Raise `Stopped`; within an update, or while a batch is awaited, note the signal for later."""
         if hasattr(signal, "SIGCHLD"):
             # A Ctrl-C may have ended worker processes, too. PyTorch's SIGCHLD handler would raise an
             # error wherever the program is, even in the middle of an update. Without that handler it
@@ -151,17 +157,18 @@ class Signals:
         except RuntimeError:
             if self.number is None:
                 raise
-            # A worker process got the signal too and ended, which PyTorch has noticed during the update.
+            # The signal has also ended a worker process, and PyTorch noticed that during the update.
         finally:
             self.depth -= 1
         if not self.depth:
             self.raise_noted()
 
     def batches(self, loader: Iterable[Any]) -> Iterator[Any]:
-        """The batches of a loader. A signal ends the wait for one that does not come within `PATIENCE`.
+        """The batches of a loader, of which each can be waited for without missing a signal.
 
-        Until then it is deferred: a worker process that is left in the middle of handing a batch over
-        would print a traceback.
+        A signal during the wait is deferred until the batch has come, as a worker process that is left
+        in the middle of handing a batch over would print a traceback. After `PATIENCE` seconds the wait
+        ends without the batch.
         """
         iterator = iter(loader)
         while True:
@@ -169,7 +176,7 @@ class Signals:
                 self.waiting = True
                 batch = next(iterator, self)
             except (RuntimeError, OSError, EOFError):
-                # A worker may have got the same signal first, and been missed before it came here.
+                # The same signal may have ended a worker before it reaches this process: wait for it.
                 time.sleep(0.5)
                 if self.number is None:
                     raise
@@ -183,7 +190,7 @@ class Signals:
             yield batch
 
     def raise_noted(self) -> None:
-        """End the run if a signal was deferred."""
+        """Raise `Stopped` if a signal was deferred."""
         if self.number is not None:
             number, self.number = self.number, None
             raise Stopped(number)
@@ -191,7 +198,7 @@ class Signals:
 
 @contextlib.contextmanager
 def signals_noted() -> Iterator[Signals]:
-    """A `Signals` in charge of SIGINT and SIGTERM; outside the main thread nothing can be."""
+    """A `Signals` that handles SIGINT and SIGTERM; only the main thread can set up such a handler."""
     signals = Signals()
     if threading.current_thread() is not threading.main_thread():
         yield signals
