@@ -248,9 +248,9 @@ def print_estimate(config: Config, device: torch.device, loaders: Loaders, model
     dataset, side = dataset_of(loaders.train), config.image_size
     images = torch.zeros(dataset.batch_size, 3, side, side, device=device)
     seconds = step_seconds(model, images.to(memory_format=torch.channels_last), config.precision)
-    steps = len(loaders.train) * config.epochs + 100 * (config.lr is None)  # the range test has 100
-    # Evaluation has no backward pass, which takes two thirds of a step. The report evaluates once more.
-    steps += len(loaders.validation or loaders.test) * (config.epochs + 1) / 3
+    trained = len(loaders.train) * config.epochs + 100 * (config.lr is None)  # the range test has 100
+    evaluated = len(loaders.validation or loaders.test) * (config.epochs + 1)  # the report does it, too
+    steps = trained + evaluated / 3  # of a step the backward pass, which is left out, takes two thirds
     long = seconds * steps > 1800 and config.model == "custom_resnet"
     hint = "; --recipe quick takes minutes" * long
     print(f"about {show_duration(seconds * steps)}, by three steps on this machine{hint}", flush=True)

@@ -70,7 +70,7 @@ def parts() -> dict[str, Callable[[], Any]]:
     model, *_ = prepare(1)
     (images, labels), signals = make_batches(1)[0], Signals()
     F.cross_entropy(model(images), labels).backward()
-    gradients = [parameter.grad for parameter in model.parameters()]
+    gradients = [p.grad for p in model.parameters() if p.grad is not None]
     state, scaler, loss = EpochState.of(1, CPU), make_scaler(CPU, torch.float32), torch.tensor(1.0)
 
     def reseed() -> None:
