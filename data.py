@@ -16,18 +16,12 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
+from augmentation.batch import AugmentParams, BatchProgram
+from augmentation.spelling import warn_of_fill
 from config import Config
 from sources import load_split
 from sources.split import Split, statistics, stratified_split
-from transforms import (
-    CIFAR10_MEAN,
-    CIFAR10_STD,
-    AugmentParams,
-    BatchProgram,
-    evaluation_transform,
-    train_transform,
-    vectorize,
-)
+from transforms import CIFAR10_MEAN, CIFAR10_STD, evaluation_transform, train_transform, vectorize
 
 
 class BatchLoader(Protocol):
@@ -293,7 +287,7 @@ def make_loaders(config: Config, device: torch.device | str = "cpu", transform: 
 
     Raises:
         ValueError: the batch is larger than the training set, the data is unusable, or `transform`
-            has no counterpart for testing; the message says what to do.
+            has no counterpart for testing or left arguments out; the message says what to do.
         OSError: the data could not be had.
     """
     train, test = (
@@ -320,6 +314,7 @@ def make_loaders(config: Config, device: torch.device | str = "cpu", transform: 
             grayscale=config.grayscale,
         )
     evaluate = evaluation_transform(transform, train.images)
+    warn_of_fill(transform)
     steps = [type(step).__name__ for step in evaluate.transforms]
     if steps != ["Normalize", "ToTensorV2"]:
         print(f"test images go through {', '.join(steps)}, as that is not random in training")

@@ -1,11 +1,11 @@
 """Augmentation and normalisation, written once in Albumentations and run per sample or per batch."""
 
 import copy
-import functools
-import math
+import itertools
 import os
 import random
-from typing import Any, NamedTuple
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
 
 os.environ.setdefault("NO_ALBUMENTATIONS_UPDATE", "1")  # else its import asks the network for news
 
@@ -16,6 +16,9 @@ import torch
 from albumentations.pytorch import ToTensorV2
 from torch import Tensor
 
+from augmentation.batch import BatchProgram
+from augmentation.spelling import check_arguments, find_step
+
 # Per channel over all 50,000 x 32 x 32 training pixels, in [0, 1]; `statistics` finds them.
 # The common 0.2023, 0.1994, 0.2010 is the mean of each image's own deviation: another quantity.
 CIFAR10_MEAN = (0.49139968, 0.48215841, 0.44653091)
@@ -25,6 +28,15 @@ TRIALS = 8  # of a step, to see whether chance has a part in it
 
 # numpy's names for the borders a batch can be padded with.
 _BORDERS = {cv2.BORDER_CONSTANT: "constant", cv2.BORDER_REFLECT_101: "reflect"}
+
+
+if not TYPE_CHECKING:  # which would no longer see a name that is not there
+
+    def __getattr__(name: str) -> Any:
+        """What Albumentations has, for `import transforms as A`: steps in the spelling of before too."""
+        if name.startswith("_"):
+            raise AttributeError(f"transforms has no {name}")
+        return find_step(name)
 
 
 def train_transform(
@@ -96,7 +108,8 @@ def normalization_of(compose: A.Compose) -> tuple[tuple[float, ...], tuple[float
 def _mean_and_std(step: A.Normalize) -> tuple[tuple[float, ...], tuple[float, ...]]:
     """Those of pixels in [0, 1]; a step may have those of pixels from 0 to 255."""
     scale = step.max_pixel_value / 255
-    return tuple(x * scale for x in step.mean), tuple(x * scale for x in step.std)
+    mean, std = (np.broadcast_to(values, 3).tolist() for values in (step.mean, step.std))
+    return tuple(x * scale for x in mean), tuple(x * scale for x in std)
 
 
 def evaluation_transform(compose: Any, images: np.ndarray) -> A.Compose:
@@ -119,6 +132,7 @@ def evaluation_transform(compose: Any, images: np.ndarray) -> A.Compose:
             f"the transform must be an A.Compose, not {type(compose).__name__}: "
             "give A.Compose([..., A.Normalize(mean, std), ToTensorV2()])"
         )
+    check_arguments(compose)
     if compose.p != 1:
         raise ValueError(f"the pipeline has p={compose.p}: the rest would come unchanged; leave p at 1")
     mean, std = normalization_of(compose)
@@ -209,231 +223,103 @@ def denormalize(
     return pixels.byte().numpy()
 
 
-class AugmentParams(NamedTuple):
-    """One random decision of each kind per image, each (N,): int64 offsets in pixels, bool yes or no."""
-
-    top: Tensor  # of the crop, in the padded image
-    left: Tensor
-    flip: Tensor
-    gray: Tensor
-    hole: Tensor
-    hole_top: Tensor  # in the cropped image
-    hole_left: Tensor
-
-    def at(self, positions: slice) -> "AugmentParams":
-        """The decisions for some of the positions."""
-        return AugmentParams(*(draw[positions] for draw in self))
-
-    def to(self, device: torch.device) -> "AugmentParams":
-        """The decisions on another device."""
-        return AugmentParams(*(draw.to(device) for draw in self))
-
-
-class BatchProgram(NamedTuple):
-    """A pipeline of known operations as one program over a batch, on the device that holds the data.
-
-    Pad, crop and flip are a single gather from images that were padded and mirrored once. One core,
-    batch 512: 485 k images/s, where the same pipeline per sample makes 11.8 k (AMD EPYC).
-    """
-
-    mean: tuple[float, ...]
-    std: tuple[float, ...]
-    pad: tuple[int, int] = (0, 0)  # least height and width before the crop
-    border: str = "reflect"
-    border_fill: tuple[float, ...] | float = 0
-    crop: tuple[int, int] | None = None  # height and width; None: the whole image
-    flip: float = 0.0  # probabilities
-    gray: float = 0.0
-    hole: float = 0.0
-    hole_size: tuple[int, int] = (0, 0)
-    hole_fill: tuple[float, ...] | float = 0
-
-    def prepare(self, images: np.ndarray, device: torch.device | str = "cpu") -> Tensor:
-        """uint8 (N, H, W, C) -> the padded images and, if the program flips, their mirror images.
-
-        Returns:
-            uint8 (N, 1 or 2, H', W', C) on the device, which `__call__` gathers from.
-        """
-        count, height, width, channels = images.shape
-        rows = padded(height, self.pad[0], self.border)[:, None]
-        columns = padded(width, self.pad[1], self.border)
-        columns = np.stack([columns, columns[::-1]] if self.flip else [columns])[:, None]
-        outside = (rows < 0) | (columns < 0)
-        source = np.where(outside, height * width, rows * width + columns)  # (1 or 2, H', W')
-        pixels = torch.from_numpy(images).to(device).reshape(count, height * width, channels)
-        if outside.any():
-            fill = constant(self.border_fill, pixels.device).to(torch.uint8)
-            pixels = torch.cat([pixels, fill.expand(count, 1, channels)], dim=1)
-        return pixels[:, torch.from_numpy(source).to(device)]
-
-    def draw(self, rng: np.random.Generator, count: int, padded_images: Tensor) -> AugmentParams:
-        """Decide for `count` images at once; the same generator gives the same decisions."""
-        height, width = padded_images.shape[2:4]
-        crop_height, crop_width = self.crop or (height, width)
-        augment_params = (
-            rng.integers(0, height - crop_height, count, endpoint=True),
-            rng.integers(0, width - crop_width, count, endpoint=True),
-            rng.random(count) < self.flip,
-            rng.random(count) < self.gray,
-            rng.random(count) < self.hole,
-            rng.integers(0, crop_height - self.hole_size[0], count, endpoint=True),
-            rng.integers(0, crop_width - self.hole_size[1], count, endpoint=True),
-        )
-        return AugmentParams(*(torch.from_numpy(draw) for draw in augment_params))
-
-    def __call__(self, padded_images: Tensor, index: Tensor, augment_params: AugmentParams) -> Tensor:
-        """Augment and normalise the images of `padded_images` at `index`.
-
-        Args:
-            store: from `prepare`, on any device.
-            index: int64 (n,), which images.
-            draws: from `draw`, (n,) each, on the same device.
-
-        Returns:
-            float (n, C, h, w) in channels-last memory.
-        """
-        height, width = self.crop or padded_images.shape[2:4]
-        # The crop comes before the flip: seen from the mirror image, its offset counts from the right.
-        left = torch.where(
-            augment_params.flip,
-            padded_images.shape[3] - width - augment_params.left,
-            augment_params.left,
-        )
-        view = index * padded_images.shape[1] + augment_params.flip
-        where = position(padded_images, view, augment_params.top, left)
-        images = windows(padded_images, height, width).index_select(0, where)
-        images = images.view(len(index), height, width, -1)
-        if self.gray:
-            images = torch.where(augment_params.gray.view(-1, 1, 1, 1), to_gray(images), images)
-        if self.hole:
-            self._cut(images, augment_params)
-        # A row of pixels at a time: three channels alone would leave the processor's lanes empty.
-        mean, std = (constant(row * width, images.device) * 255 for row in (self.mean, self.std))
-        values = images.float()
-        values.view(-1, len(mean)).sub_(mean).mul_(1 / std)
-        return values.permute(0, 3, 1, 2)
-
-    def _cut(self, images: Tensor, augment_params: AugmentParams) -> None:
-        """Fill each image's hole, in place."""
-        every = torch.arange(len(images), device=images.device)
-        where = position(images, every, augment_params.hole_top, augment_params.hole_left)
-        holes = windows(images, *self.hole_size)
-        fill = constant(self.hole_fill, images.device).to(images.dtype)
-        fill = fill.expand(images.shape[-1]).repeat(self.hole_size[1])
-        if self.hole < 1:
-            fill = torch.where(augment_params.hole.view(-1, 1, 1), fill, holes[where])
-        holes[where] = fill
-
-
-def windows(images: Tensor, height: int, width: int) -> Tensor:
-    """Every height x width window of images (..., H, W, C), as a view (positions, height, width x C).
-
-    Its rows are runs of bytes, which are copied at once: three times as fast as pixel by pixel. Windows
-    across an image's border are nonsense, and `position` never names one.
-    """
-    *count, rows, columns, channels = images.shape
-    last = (math.prod(count) * rows - height + 1) * columns - width + 1
-    return images.as_strided((last, height, width * channels), (channels, columns * channels, 1))
-
-
-def position(images: Tensor, image: Tensor, top: Tensor, left: Tensor) -> Tensor:
-    """Where in `windows` of images (..., H, W, C) those at these places are."""
-    rows, columns = images.shape[-3:-1]
-    return (image * rows + top) * columns + left
-
-
-def padded(side: int, least: int, border: str) -> np.ndarray:
-    """The source index of each pixel of a padded row, -1 for fill; an extra pixel comes last."""
-    missing = max(0, least - side)
-    widths = (missing // 2, missing - missing // 2)
-    if border == "reflect":
-        return np.pad(np.arange(side), widths, mode="reflect")
-    return np.pad(np.arange(side), widths, mode="constant", constant_values=-1)
-
-
-@functools.lru_cache
-@torch.inference_mode(False)
-def constant(values: tuple[float, ...] | float, device: torch.device) -> Tensor:
-    """Numbers on a device, copied there once: each copy would wait for the device."""
-    return torch.tensor(values, device=device)
-
-
-def to_gray(images: Tensor) -> Tensor:
-    """uint8 RGB (N, H, W, 3) -> the same shape, grey, with OpenCV's fixed-point weights to the bit."""
-    red, green, blue = images.int().unbind(-1)
-    gray = (9798 * red + 19235 * green + 3735 * blue + (1 << 14)) >> 15
-    return gray.to(torch.uint8).unsqueeze(-1).expand_as(images)
-
-
 def vectorize(compose: A.Compose) -> tuple[BatchProgram | None, str]:
     """Turn a pipeline into one program over a whole batch, with the same distribution.
 
     Known are, in this order and each at most once: PadIfNeeded, RandomCrop, HorizontalFlip, ToGray,
-    CoarseDropout with one hole of fixed size, Normalize, ToTensorV2.
+    CoarseDropout with one hole of fixed size, ToTensorV2; and, anywhere before ToTensorV2, Normalize.
 
     Returns:
-        The program and "", or None and the reason why the pipeline must run per sample.
+        The program and "", or None and the reason why the pipeline must run per sample: the step, and
+        what to write instead.
+
+    Raises:
+        ValueError: a step left out arguments that it was given; the message says what to write.
     """
+    check_arguments(compose)
     if compose.p != 1:
-        return None, f"the pipeline has p={compose.p}, and a batch runs it always"
+        return None, f"the pipeline has p={compose.p}, and a batch runs it always: leave p at 1"
     parts: dict[str, Any] = {}
-    order = iter(_READERS.items())
-    for step in compose.transforms:
-        name = type(step).__name__
-        reader = next((read for kind, read in order if type(step) is kind), None)
-        if reader is None:
-            known = ", ".join(kind.__name__ for kind in _READERS)
-            return None, f"{name} is unknown or out of order; known in order: {known}"
-        part = reader(step)
-        if part is None:
-            return None, f"{name} has arguments that only the per-sample path knows"
+    late: list[str] = []
+    names = [type(step).__name__ for step in compose.transforms]
+    order = [kind.__name__ for kind in _READERS if kind is not A.Normalize]
+    for step, name in zip(compose.transforms, names, strict=True):
+        if type(step) not in _READERS:
+            instead = _INSTEAD.get(name, "without it, the rest may")
+            return None, f"{name} does not run as batches ({instead}); what does: {', '.join(order)}"
+        part = _READERS[type(step)](step)
+        if isinstance(part, str):
+            return None, f"{name} runs as batches only with {part}"
+        if "mean" in parts:
+            late += [word for word in ("border", "gray", "hole") if part.get(word)]
         parts |= part
-    if "mean" not in parts or type(compose.transforms[-1]) is not ToTensorV2:
-        return None, "the pipeline does not end in Normalize, ToTensorV2"
-    return BatchProgram(**parts), ""
+    places = [order.index(name) for name in names if name != "Normalize"]
+    for before, place in itertools.pairwise(places):
+        if place <= before:
+            cure = "write it once" if place == before else f"write it before {order[before]}"
+            return None, f"{order[place]} comes after {order[before]}: {cure}, and batches may run"
+    if names.count("Normalize") != 1 or names[-1] != "ToTensorV2":
+        return None, "the pipeline does not have one Normalize, and ToTensorV2 at its end"
+    if parts.get("border") == "reflect":
+        late = [word for word in late if word != "border"]
+    return BatchProgram(**parts, late=tuple(late)), ""
 
 
-def _read_pad(step: A.PadIfNeeded) -> dict | None:
+# Why steps of notebooks do not run as batches, and what to write in their place.
+_INSTEAD = {
+    "CropAndPad": "PadIfNeeded in its place does",
+    "Sequential": "its steps by themselves may",
+    "Compose": "its steps by themselves may",
+    "ShiftScaleRotate": "PadIfNeeded and RandomCrop shift in its place",
+    "Affine": "PadIfNeeded and RandomCrop shift in its place",
+    "GridDropout": "CoarseDropout in its place does",
+    "ToFloat": "Normalize alone does its work",
+}
+
+
+def _read_pad(step: A.PadIfNeeded) -> dict | str:
     plain = step.p == 1 and step.position == "center" and step.border_mode in _BORDERS
     if not plain or step.min_height is None or step.min_width is None:
-        return None
+        return (
+            'min_height, min_width, position="center", p=1 and border_mode 0 (constant) or 4 (reflected)'
+        )
     border = _BORDERS[step.border_mode]
     return {"pad": (step.min_height, step.min_width), "border": border, "border_fill": step.fill}
 
 
-def _read_crop(step: A.RandomCrop) -> dict | None:
+def _read_crop(step: A.RandomCrop) -> dict | str:
     if step.p != 1 or step.pad_if_needed:
-        return None
+        return "p=1 and without pad_if_needed: PadIfNeeded before it pads"
     return {"crop": (step.height, step.width)}
 
 
-def _read_gray(step: A.ToGray) -> dict | None:
+def _read_gray(step: A.ToGray) -> dict | str:
     if step.method != "weighted_average" or step.num_output_channels != 3:
-        return None
+        return 'method="weighted_average" and num_output_channels=3'
     return {"gray": step.p}
 
 
-def _read_hole(step: A.CoarseDropout) -> dict | None:
+def _read_hole(step: A.CoarseDropout) -> dict | str:
     sizes = (step.hole_height_range, step.hole_width_range)
     fixed = all(low == high and isinstance(low, int) and low >= 1 for low, high in sizes)
     if not fixed or tuple(step.num_holes_range) != (1, 1) or isinstance(step.fill, str):
-        return None
+        return "one hole of a fixed size in pixels, as num_holes_range=(1, 1), hole_height_range=(8, 8)"
     return {"hole": step.p, "hole_size": (sizes[0][0], sizes[1][0]), "hole_fill": step.fill}
 
 
-def _read_normalize(step: A.Normalize) -> dict | None:
+def _read_normalize(step: A.Normalize) -> dict | str:
     if step.p != 1 or step.normalization != "standard":
-        return None
+        return 'p=1 and normalization="standard"'
     mean, std = _mean_and_std(step)
     return {"mean": mean, "std": std}
 
 
-_READERS = {
+_READERS: dict[type, Callable[[Any], dict | str]] = {
     A.PadIfNeeded: _read_pad,
     A.RandomCrop: _read_crop,
     A.HorizontalFlip: lambda step: {"flip": step.p},
     A.ToGray: _read_gray,
     A.CoarseDropout: _read_hole,
     A.Normalize: _read_normalize,
-    ToTensorV2: lambda step: {} if step.p == 1 else None,
+    ToTensorV2: lambda step: {} if step.p == 1 else "p=1",
 }

@@ -9,9 +9,10 @@ import pytest
 ROOT = Path(__file__).parent.parent
 # DESIGN: a module may import modules of lower floors only. Inside a folder the rooms have floors, too.
 FLOORS = {
+    "augmentation": 0,
     "files": 0,
     "models": 0,
-    "transforms": 0,
+    "transforms": 1,
     "utils": 1,
     "sources": 2,
     "weights_file": 2,
@@ -31,6 +32,7 @@ FLOORS = {
     "lit": 11,
 }
 ROOMS = {
+    "augmentation": {"batch": 0, "spelling": 0, "__init__": 1},
     "reporting": {
         "gradcam": 0,
         "lettering": 0,

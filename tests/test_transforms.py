@@ -8,7 +8,8 @@ from albumentations.pytorch import ToTensorV2
 from scipy import stats
 
 import transforms
-from transforms import AugmentParams, denormalize, train_transform, vectorize
+from augmentation.batch import AugmentParams
+from transforms import denormalize, train_transform, vectorize
 
 PIPELINES = {
     "default": train_transform(),
@@ -25,6 +26,19 @@ PIPELINES = {
         ]
     ),
 }
+STEPS = [
+    A.PadIfNeeded(41, 40, border_mode=0, fill=(9, 0.7, 200)),
+    A.RandomCrop(32, 32),
+    A.HorizontalFlip(p=0.5),
+    A.ToGray(p=0.5),
+    A.CoarseDropout((1, 1), (5, 5), (9, 9), fill=(0.5, 7.3, 1.25), p=0.5),
+]
+for place in range(len(STEPS) + 1):
+    steps = [*STEPS[:place], A.Normalize(*2 * [(0.5, 0.4, 0.3)]), *STEPS[place:], ToTensorV2()]
+    PIPELINES[f"Normalize at {place}"] = A.Compose(steps)
+PIPELINES["Normalize before a reflected border"] = A.Compose(
+    [A.Normalize(0.5, 0.25), A.PadIfNeeded(40, 40, border_mode=4), *STEPS[1:], ToTensorV2()]
+)
 
 
 def run_per_sample(compose, image, seed):
@@ -144,19 +158,32 @@ END = [A.Normalize(), ToTensorV2()]
 @pytest.mark.parametrize(
     ("steps", "reason"),
     [
-        ([A.Rotate(), *END], "Rotate is unknown or out of order"),
-        ([A.HorizontalFlip(), A.RandomCrop(8, 8), *END], "RandomCrop is unknown or out of order"),
-        ([A.HorizontalFlip(), A.HorizontalFlip(), *END], "HorizontalFlip is unknown or out of order"),
-        ([A.CoarseDropout((1, 2), (8, 8), (8, 8)), *END], "CoarseDropout has arguments"),
-        ([A.CoarseDropout((1, 1), (4, 8), (8, 8)), *END], "CoarseDropout has arguments"),
-        ([A.RandomCrop(8, 8, p=0.5), *END], "RandomCrop has arguments"),
-        ([A.ToGray(method="max"), *END], "ToGray has arguments"),
-        ([A.PadIfNeeded(40, 40, position="top_left"), *END], "PadIfNeeded has arguments"),
-        ([A.Normalize(normalization="image"), ToTensorV2()], "Normalize has arguments"),
-        ([A.HorizontalFlip()], "does not end in Normalize"),
+        ([A.Rotate(), *END], "Rotate does not run as batches (without it, the rest may); what does:"),
+        ([A.CropAndPad(px=4), *END], "CropAndPad does not run as batches (PadIfNeeded in its place"),
+        ([A.Sequential([A.HorizontalFlip()]), *END], "its steps by themselves may"),
+        (
+            [A.HorizontalFlip(), A.RandomCrop(8, 8), *END],
+            "RandomCrop comes after HorizontalFlip: write it before HorizontalFlip",
+        ),
+        (
+            [A.HorizontalFlip(), A.HorizontalFlip(), *END],
+            "HorizontalFlip comes after HorizontalFlip: write it once",
+        ),
+        ([A.CoarseDropout((1, 2), (8, 8), (8, 8)), *END], "CoarseDropout runs as batches only with one"),
+        ([A.CoarseDropout((1, 1), (4, 8), (8, 8)), *END], "CoarseDropout runs as batches only with one"),
+        ([A.RandomCrop(8, 8, p=0.5), *END], "RandomCrop runs as batches only with p=1"),
+        ([A.ToGray(method="max"), *END], 'ToGray runs as batches only with method="weighted_average"'),
+        (
+            [A.PadIfNeeded(40, 40, position="top_left"), *END],
+            "PadIfNeeded runs as batches only with min",
+        ),
+        ([A.Normalize(normalization="image"), ToTensorV2()], "Normalize runs as batches only with p=1"),
+        ([A.HorizontalFlip()], "the pipeline does not have one Normalize, and ToTensorV2 at its end"),
+        ([A.Normalize(), *END], "the pipeline does not have one Normalize"),
+        ([ToTensorV2(), A.Normalize()], "the pipeline does not have one Normalize"),
     ],
 )
-def test_an_unknown_pipeline_has_no_batch_program_but_a_reason(steps, reason):
+def test_an_unknown_pipeline_has_no_batch_program_but_what_to_write_instead(steps, reason):
     program, found = vectorize(A.Compose(steps))
     assert program is None and reason in found
 
@@ -164,8 +191,22 @@ def test_an_unknown_pipeline_has_no_batch_program_but_a_reason(steps, reason):
 def test_a_pipeline_that_runs_sometimes_has_no_batch_program():
     assert vectorize(A.Compose(END, p=0.5)) == (
         None,
-        "the pipeline has p=0.5, and a batch runs it always",
+        "the pipeline has p=0.5, and a batch runs it always: leave p at 1",
     )
+
+
+def test_a_program_is_described_as_before_where_nothing_comes_after_the_normalisation():
+    """A run is continued only if its augmentation has the description that it began with."""
+    ours = repr(vectorize(train_transform())[0])
+    assert ours.endswith("hole_size=(8, 8), hole_fill=(125.0, 123.0, 114.0))")
+    late = repr(vectorize(A.Compose([A.Normalize(), A.ToGray(), ToTensorV2()]))[0])
+    assert late.endswith("late=('gray',))")
+
+
+@pytest.mark.parametrize("place", range(6))
+def test_evaluation_needs_no_more_than_normalising_wherever_that_stands(place, sample):
+    evaluate = transforms.evaluation_transform(PIPELINES[f"Normalize at {place}"], sample.images[:4])
+    assert repr(evaluate) == repr(transforms.test_transform(*2 * [(0.5, 0.4, 0.3)]))
 
 
 # What evaluation keeps of a training pipeline

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 from torch.utils.data import Dataset, RandomSampler, WeightedRandomSampler
 
+from augmentation.spelling import check_pipelines_of
 from data import BatchLoader, EpochSampler, random_state, set_random_state
 from utils import autocast, inner_model, random_state_kept
 
@@ -28,11 +29,13 @@ def length_of(loader: Any) -> int | None:
 
 
 def check_loader(name: str, loader: Any) -> None:
-    """Refuse what is no loader, or one that is empty or can be passed over only once.
+    """Refuse what is no loader, one that is empty or can be passed over only once, or one whose
+    Albumentations left out arguments that they were given.
 
     Raises:
         ValueError: one line that names the loader and the cure.
     """
+    check_pipelines_of(getattr(loader, "dataset", None))
     kind = type(loader).__name__
     if isinstance(loader, Dataset):
         raise ValueError(f"the {name} loader is a dataset ({kind}): give DataLoader(it, batch_size=...)")

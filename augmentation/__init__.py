@@ -1,0 +1,1 @@
+"""Augmentation, inside: programs over whole batches, and the older spellings of Albumentations."""
