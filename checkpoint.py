@@ -371,6 +371,12 @@ def check_same_run(before: dict | None, now: dict | None) -> None:
     # A field that did not exist yet when the run began had the effect of its default.
     check_same_settings(asdict(Config()) | before["config"], now["config"])
     check_same_images(before, now, now["config"].get("data"))
+    first = [card["init_sha256"] for card in (before, now) if "init_sha256" in card]
+    if len(set(first)) > 1:
+        raise ValueError(
+            f"{now['config']['init_from']} is no longer the file that the run began with: put that "
+            "back, or take it away, as the run has weights of its own"
+        )
     if before.get("augmentation", now.get("augmentation")) != now.get("augmentation"):
         raise ValueError("the augmentation is not the one that the run began with")
 

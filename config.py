@@ -88,6 +88,7 @@ class Config:
         0.0, "probability before the linear layer; custom_resnet only", low=0, high=0.99
     )
     bias: bool = setting(False, "biases in the convolutions; custom_resnet only")
+    init_from: str | None = setting(None, "begin with these weights: of a run, a weights file or a .pth")
     dataset: str = setting("cifar10", "", group="data")
     data: str = setting("datasets", "folder that holds the dataset, or to download it to")
     image_size: int = setting(32, "side that a folder's images are resized to, pixels", low=8, high=1024)

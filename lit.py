@@ -41,7 +41,7 @@ class LitModel(LightningModule):
         super().__init__()
         config = Config(**config) if isinstance(config, dict) else config  # as a checkpoint has it
         self.save_hyperparameters({"config": asdict(config), "num_classes": num_classes})
-        for name in ("ema_decay", "tta", "compile"):
+        for name in ("ema_decay", "tta", "compile", "init_from"):
             if getattr(config, name):
                 raise ValueError(
                     f"{name} is fit_model's, and must be off here, not {getattr(config, name)}"

@@ -6,6 +6,7 @@ python main.py predict IMAGE...            classes and probabilities of image fi
 python main.py find-lr --recipe quick      the range test alone
 python main.py report RUN                  write a run's report again
 python main.py compare RUN RUN...          a table, a figure, and what the runs' difference is worth
+python main.py import-weights FILE.pth     a weights file of what another program wrote, and its accuracy
 python main.py export RUN                  an ONNX file (or --format torch) that answers the same
 """
 
@@ -23,13 +24,14 @@ if __name__ == "__main__":  # before PyTorch and the rest, which take seconds to
 import numpy as np
 
 from checkpoint import check_same_images
-from config import CHOICES, STORAGE_FIELDS, described, make_parser, parse_config
+from config import CHOICES, STORAGE_FIELDS, Config, described, make_parser, parse_config
 from data import make_loaders
 from files import bad_input_refused, reason
 from models import MODELS
 from run import (
     check_own_weights,
     execute,
+    imported_card,
     make_card,
     make_scheduler,
     open_run,
@@ -49,8 +51,8 @@ from training.loops import fit_model, predict, test, train
 from training.lr_finder import find_lr
 from training.optim import make_optimizer, one_cycle
 from training.progress import unfailing_output
-from utils import choose, name_of, pick_precision
-from weights_file import DEFAULT_WEIGHTS, load_weights
+from utils import choose, get_device, name_of, pick_precision
+from weights_file import BARE, DEFAULT_WEIGHTS, import_weights, load_weights, save_weights
 
 __all__ = [
     "find_lr",
@@ -134,7 +136,8 @@ def predict_command(argv: list[str]) -> None:
     parser.add_argument("--top", type=int, default=3, help="classes to name (default: 3)")
     args = parser.parse_args(argv)
     first = args.images[0]
-    if not args.weights and (Path(first).is_dir() or first.endswith(".safetensors") or first in MODELS):
+    known = first in MODELS or first.endswith((".safetensors", *BARE))
+    if not args.weights and (Path(first).is_dir() or known):
         args.weights = args.images.pop(0)
     args.weights = args.weights or DEFAULT_WEIGHTS
     with bad_input_refused():
@@ -239,6 +242,43 @@ def export_command(argv: list[str]) -> None:
     print(f"checked on {len(images)} images: logits differ by {difference:.1e} at most")
 
 
+def import_weights_command(argv: list[str]) -> None:
+    """main.py import-weights FILE: give somebody's weights a card, and print their accuracy."""
+    parser = make_parser(
+        "main.py import-weights", "Make a weights file of what another program wrote, and test it."
+    )
+    parser.add_argument("file", help="a .pth: a state dict, or a checkpoint with one; or safetensors")
+    parser.add_argument("--model", help=f"{', '.join(MODELS)} (default: the one that fits)")
+    parser.add_argument("--dataset", default="cifar10", help="of its classes (default: cifar10)")
+    parser.add_argument("--data", default="datasets", help="folder that holds it (default: datasets)")
+    for name, text in {"mean": "mean", "std": "standard deviation"}.items():
+        text = f"{text} that it was trained with, of pixels from 0 to 1 (default: the dataset's)"
+        parser.add_argument(f"--{name}", nargs=3, type=float, metavar="X", help=text)
+    parser.add_argument("--output", help="(default: beside the file, as .safetensors)")
+    parser.add_argument("--device", default="auto", help="cpu, cuda, mps (default: auto)")
+    args = parser.parse_args(argv)
+    path = Path(args.output or Path(args.file).with_suffix(".safetensors"))
+    with bad_input_refused():
+        if path.exists():
+            raise ValueError(f"{path} is there already; choose another --output")
+        model, found = import_weights(args.file, args.model)
+        settings = {"model": found["model"], **found["options"]}
+        config = Config(**settings, dataset=args.dataset, data=args.data, device=args.device)
+        card = imported_card(config, found, args.mean, args.std)
+        device = get_device(config.device)
+        split, loader = test_images(config, card, device)
+    stats = test(model, device, loader)
+    save_weights(path, model, card | {"source": Path(args.file).name, "test_accuracy": stats.accuracy})
+    told = ", ".join(f"{name} {value}" for name, value in settings.items())
+    print(f"{path}: {told}; mean {card['mean']}, std {card['std']}")
+    print(f"test loss {stats.loss:.4f}, accuracy {stats.accuracy:.2%} of {len(split):,} images")
+    if stats.accuracy < 2 / len(split.classes):
+        print(
+            "warning: that is hardly more than chance: --mean, --std or the order of the classes are "
+            "others than those of its training, or the network computes something else"
+        )
+
+
 def model_parser(command: str, description: str, shipped: bool = True) -> argparse.ArgumentParser:
     """The flags that every command with saved weights has; those in weights/ need not be named."""
     parser = make_parser(f"main.py {command}", description)
@@ -265,6 +305,7 @@ COMMANDS = {
     "find-lr": find_lr_command,
     "report": report_command,
     "compare": compare_command,
+    "import-weights": import_weights_command,
     "export": export_command,
 }
 

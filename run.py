@@ -2,9 +2,10 @@
 
 import argparse
 import contextlib
+import hashlib
 import json
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -35,13 +36,13 @@ from files import (
 )
 from models import make_model
 from sources import load_split
-from sources.split import Split
+from sources.split import Split, statistics
 from training.guards import Stopped, signals_noted
 from training.loops import fit_model, predict
 from training.lr_finder import LRFinderResult, find_lr, read_finder
 from training.optim import make_optimizer, one_cycle
 from training.progress import step_seconds, unfailing_output, watched
-from transforms import normalize, test_transform
+from transforms import CIFAR10_MEAN, CIFAR10_STD, normalize, test_transform
 from utils import (
     environment,
     get_device,
@@ -51,7 +52,7 @@ from utils import (
     show_duration,
     summarize,
 )
-from weights_file import load_weights
+from weights_file import initialize, load_weights, weights_path
 
 
 def predict_images(
@@ -133,9 +134,26 @@ def prepare(config: Config) -> tuple[torch.device, Loaders, nn.Module, torch.opt
     loaders = make_loaders(config, device)
     seed_everything(config.seed, config.deterministic)
     model = make_model(config.model, len(loaders.classes), **config.model_options)
+    first = first_weights(config)
+    if first:
+        print(initialize(model, first))
     model.to(device).to(memory_format=torch.channels_last)
     optimizer = make_optimizer(config.optimizer, model, config.lr or 1e-3, **config.optimizer_options)
     return device, loaders, model, optimizer, open_run(config, device, loaders, model)
+
+
+def first_weights(config: Config) -> Path | None:
+    """The file of the weights that a run begins with, or None: with none, or it is continued without.
+
+    Raises:
+        ValueError: there is no such file.
+    """
+    try:
+        return weights_path(config.init_from) if config.init_from else None
+    except ValueError:
+        if config.resume:
+            return None
+        raise
 
 
 def open_run(config: Config, device: torch.device, loaders: Loaders, model: nn.Module) -> Path:
@@ -148,12 +166,15 @@ def open_run(config: Config, device: torch.device, loaders: Loaders, model: nn.M
     for place in filter(None, (config.output, config.mirror)):
         if answered(LISTED, lambda path: path.exists() and not path.is_dir(), Path(place)):
             raise ValueError(f"{place} is not a folder")
+    state = None
     if config.resume and config.output:
         lock_folder(config.output)
         with unlocked_on_error(config.output):
             state = load_checkpoint(Path(config.output) / "checkpoints", config.mirror)
             if state is not None:
                 check_same_run(state.get("card"), make_card(config, loaders))
+            elif config.init_from:
+                weights_path(config.init_from)  # refused if it is not there, as the run begins anew
     folder = claim_folder(config)
     lock_folder(folder)
     path = folder / "config.json"
@@ -162,7 +183,8 @@ def open_run(config: Config, device: torch.device, loaders: Loaders, model: nn.M
         before = json.loads(read_bytes(path))
     if not isinstance(before, dict):
         before = {}
-    if any(before.get(name) != value for name, value in config.identity.items()):
+    other = any(before.get(name) != value for name, value in config.identity.items())
+    if other or (config.init_from and state is None):  # its file may have changed
         (folder / "lr_finder.json").unlink(missing_ok=True)  # of another run, which left no checkpoint
     write_whole(path, json.dumps(asdict(config), indent=1))
     dtype = name_of(pick_precision(config.precision, device))
@@ -349,6 +371,8 @@ def schedule(
 
 def make_card(config: Config, loaders: Loaders) -> dict:
     """What goes with the weights, so that they can be used without the run."""
+    first = first_weights(config)
+    begun = {"init_sha256": hashlib.sha256(first.read_bytes()).hexdigest()} if first else {}
     return {
         "model": config.model,
         "options": config.model_options,
@@ -359,6 +383,42 @@ def make_card(config: Config, loaders: Loaders) -> dict:
         "test_sha256": dataset_of(loaders.test).split.digest(),
         "augmentation": dataset_of(loaders.train).describe(),
         "config": config.identity,
+        **begun,
+    }
+
+
+def imported_card(
+    config: Config, found: dict, mean: Sequence[float] | None, std: Sequence[float] | None
+) -> dict:
+    """The card of weights that another program trained, with the classes of a dataset.
+
+    Args:
+        config: its dataset, and the network.
+        found: what `import_weights` says.
+        mean, std: that the network was trained with; None: the dataset's.
+
+    Raises:
+        ValueError: the dataset has another number of classes.
+    """
+    test = load_split(config.dataset, "test", config.data)
+    if len(test.classes) != found["num_classes"]:
+        raise ValueError(
+            f"the weights know {found['num_classes']} classes, and {config.dataset} has "
+            f"{len(test.classes)}: --dataset names another"
+        )
+    usual: tuple[tuple[float, ...], ...] = CIFAR10_MEAN, CIFAR10_STD
+    if config.dataset not in ("cifar10", "cifar10-sample") and not (mean and std):
+        usual = statistics(load_split(config.dataset, "train", config.data).images)
+    known = ("model", "dataset", "data", *found["options"])
+    return {
+        "model": config.model,
+        "options": config.model_options,
+        "image_size": config.image_size,
+        "classes": list(test.classes),
+        "mean": list(mean or usual[0]),
+        "std": list(std or usual[1]),
+        "test_sha256": test.digest(),
+        "config": {name: getattr(config, name) for name in known},
     }
 
 

@@ -119,6 +119,8 @@ def warnings_of(
 def how_evaluated(config: dict) -> list[str]:
     """Sentences on what the accuracy is of."""
     said = ["Accuracy is that of the last epoch; nothing was chosen by looking at the test set."]
+    if config.get("init_from"):
+        said.append(f"The run began with the weights of {escape(config['init_from'])}.")
     if config["ema_decay"]:
         said.append(
             "The weights are a running average over the run, "

@@ -1099,7 +1099,9 @@ def test_an_unknown_pipeline_runs_in_workers_and_says_so(sample, capsys):
     assert loader.num_workers >= 1 and isinstance(loader.dataset, Samples)
     assert next(iter(loader))[0].shape == (32, 3, 32, 32)
     printed = capsys.readouterr().out
-    assert "augmentation runs image by image in" in printed and "Rotate does not run as batches" in printed
+    assert (
+        "augmentation runs image by image in" in printed and "Rotate does not run as batches" in printed
+    )
 
 
 @pytest.mark.filterwarnings("ignore:This DataLoader will create 8:UserWarning")
