@@ -75,6 +75,19 @@ def test_a_recipe_is_a_diff_that_flags_override(recipe):
     assert parse_config(["--recipe", recipe, "--epochs", "3"]).epochs == 3
 
 
+def test_the_recipes_of_the_write_ups_are_the_exercise_as_they_word_it():
+    def worded(recipe):
+        config = Config(**RECIPES[recipe])
+        assert (config.optimizer, config.scheduler, config.lr) == ("adam", "onecycle", None)
+        return config.model, config.bias, config.epochs, config.flip, config.cutout, config.lr_rule
+
+    assert worded("s10_custom_resnet") == ("custom_resnet", True, 24, True, 8, "minimum")
+    assert worded("s11_resnet18") == ("resnet18", False, 20, False, 16, "minimum")
+    assert worded("s11_resnet18_steepest") == ("resnet18", False, 20, False, 16, "steepest")
+    assert worded("s12_custom_resnet") == ("custom_resnet", False, 24, True, 8, "minimum")
+    assert worded("s12_custom_resnet_steepest") == ("custom_resnet", False, 24, True, 8, "steepest")
+
+
 @pytest.mark.parametrize(
     ("flags", "field", "value"),
     [
