@@ -157,6 +157,9 @@ class Checkpoints:
 
     Give it to `fit_model`, which calls its methods. `history` and `epoch_state` say how far the training
     has come. From `start` to the end of the `with` block, no other process can use the folder.
+
+    Raises:
+        ValueError: `seconds` is no time, or `mirror` is the folder that it is to copy.
     """
 
     def __init__(
@@ -170,6 +173,10 @@ class Checkpoints:
     ):
         self.run = None if folder is None else Path(folder)
         self.folder = None if folder is None else Path(folder) / "checkpoints"
+        if not isinstance(seconds, int | float) or not seconds >= 0:
+            raise ValueError(f"seconds must be a number of at least 0, not {seconds!r}")
+        if mirror is not None and self.folder and Path(mirror).absolute() == self.folder.absolute():
+            raise ValueError(f"the mirror {mirror} is where the checkpoints are: name another folder")
         self.card, self.resume, self.seconds = card, resume, seconds
         self.mirror = None if mirror is None else Mirror(mirror)
 

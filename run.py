@@ -243,6 +243,7 @@ def execute(
 ) -> Path:
     """Find the rate, train, and report, in a run folder that is open; then others may use it."""
     with unlocked_after(folder), resumable_when_stopped():
+        checkpoints = Checkpoints(folder, make_card(config, loaders), **config.checkpoint_options)
         if not config.resume:
             print_estimate(config, device, loaders, model)
         finder = None
@@ -258,7 +259,7 @@ def execute(
             scheduler,
             config.epochs,
             val_loader=loaders.validation,
-            checkpoints=Checkpoints(folder, make_card(config, loaders), **config.checkpoint_options),
+            checkpoints=checkpoints,
             **config.fit_options,
         )
         report_run(config, device, loaders, model, folder)

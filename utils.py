@@ -255,8 +255,8 @@ def inner_model(model: nn.Module) -> nn.Module:
     return model.module if isinstance(model, parallel) else model
 
 
-def get_device(name: str = "auto") -> torch.device:
-    """The device of that name; "auto" is CUDA, else Apple's MPS, else the CPU.
+def get_device(name: str | torch.device = "auto") -> torch.device:
+    """The device of that name, or the device itself; "auto" is CUDA, else Apple's MPS, else the CPU.
 
     Raises:
         ValueError: there is no such device here.
@@ -268,7 +268,8 @@ def get_device(name: str = "auto") -> torch.device:
     try:
         device = torch.device(name)
         torch.empty(1, device=device).item()  # "meta" has none
-    except (RuntimeError, AssertionError):
+    except (RuntimeError, AssertionError, TypeError):
+        name = str(name) if isinstance(name, torch.device) else name
         raise ValueError(f"there is no device {name!r} here; choose cpu or auto") from None
     return device
 

@@ -78,6 +78,7 @@ def plot_misclassified(
         images: uint8 (N, H, W, 3), in the order of `predictions`.
         count: how many at most; a model without mistakes gets a figure that says so.
     """
+    check_match(predictions, classes, images)
     chosen = predictions.misclassified(count)
     total, mistakes = len(predictions.labels), len(predictions.misclassified())
     names = legible(classes)
@@ -86,6 +87,21 @@ def plot_misclassified(
         f"{mistakes:,} of {total:,} misclassified ({mistakes / total:.1%}); the most confident mistakes"
     )
     return gallery(images[chosen], titles, title, font_note(classes))
+
+
+def check_match(
+    predictions: Predictions, classes: Sequence[str], images: np.ndarray | None = None
+) -> None:
+    """Refuse predictions of other classes or other images than are given.
+
+    Raises:
+        ValueError: how many there are of each.
+    """
+    count, known = predictions.probabilities.shape
+    if len(classes) != known:
+        raise ValueError(f"the predictions know {known} classes, and {len(classes)} names are given")
+    if images is not None and len(images) != count:
+        raise ValueError(f"there are predictions of {count:,} images, and {len(images):,} are given")
 
 
 def mistake(predictions: Predictions, index: int, classes: Sequence[str]) -> str:
@@ -128,6 +144,8 @@ def plot_history(histories: Mapping[str, History | Sequence[History]]) -> Figure
     training. Of several runs under one name, all as long, the mean is drawn, and a band of one standard
     deviation to each side of it.
     """
+    if not histories or not all(history.epochs for history in histories.values()):
+        raise ValueError("there is a history without an epoch, or none: nothing can be drawn")
     height = 3.9 + 0.24 * -(-(len(histories) + 1) // 2)
     names = legible(list(histories), "run")
     with matplotlib.rc_context(style("".join(names))):
@@ -280,6 +298,7 @@ def plot_confusion_matrix(predictions: Predictions, classes: Sequence[str]) -> F
     """
     from sklearn.metrics import confusion_matrix  # a second of imports
 
+    check_match(predictions, classes)
     labels = range(len(classes))
     counts = confusion_matrix(predictions.labels, predictions.predicted, labels=labels)
     totals = counts.sum(1)
@@ -354,6 +373,7 @@ def plot_gradcam(
         count: how many mistakes at most.
         mean, std: the normalisation that the model was trained with.
     """
+    check_match(predictions, classes, images)
     chosen = predictions.misclassified(count)
     places = check_layer(model, layer, images.shape[2])
     if not len(chosen):

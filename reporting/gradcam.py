@@ -1,5 +1,6 @@
 """Grad-CAM: where a layer of a network sees evidence for a class, and how that is drawn on an image."""
 
+import operator
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -93,7 +94,7 @@ def gradcam(
     from pytorch_grad_cam.utils.model_targets import ClassifierOutputTarget
 
     check_layer(model, layer, images.shape[-1])
-    targets = [int(target) for target in targets]
+    images, targets = torch.as_tensor(images), [operator.index(target) for target in targets]
     if len(targets) != len(images):
         raise ValueError(f"{len(targets)} targets for {len(images)} images")
     if not targets:

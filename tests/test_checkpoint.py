@@ -322,6 +322,19 @@ def test_a_mirror_that_hangs_holds_nobody_up(tmp_path, monkeypatch, capsys):
     assert (tmp_path / "drive" / "step-00000002.ckpt").exists()
 
 
+def test_a_mirror_in_the_place_of_the_checkpoints_is_refused(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ValueError, match="is where the checkpoints are: name another folder"):
+        Checkpoints("r", mirror=tmp_path / "r" / "checkpoints")
+    Checkpoints("r", mirror=tmp_path / "r")
+
+
+@pytest.mark.parametrize("seconds", [-1, math.nan, "60", None])
+def test_a_time_between_checkpoints_that_is_none_is_refused(seconds):
+    with pytest.raises(ValueError, match="seconds must be a number of at least 0, not"):
+        Checkpoints("r", seconds=seconds)
+
+
 @pytest.fixture
 def hanging(tmp_path, monkeypatch):
     """A drive that answers nothing for seconds, whatever it is asked, and a limit far under that."""

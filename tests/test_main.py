@@ -261,6 +261,31 @@ def test_a_batch_that_makes_no_sense_is_refused_before_the_first_update(images, 
     assert torch.equal(before, weights(model)) and "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize("device", ["gpu", "cuda:7", "meta", None, torch.device("meta")])
+@pytest.mark.parametrize("action", ["train", "fit_model", "find_lr", "test", "predict"])
+def test_a_device_that_is_not_there_is_refused_by_every_function(tiny, loaders, device, action):
+    train, test = loaders
+    others = {"train": [train], "fit_model": [train, test], "find_lr": [train]}.get(action)
+    optimizer = [torch.optim.SGD(tiny.parameters(), 0.1)] if others else []
+    with pytest.raises(ValueError, match="there is no device .* here; choose cpu or auto"):
+        getattr(main, action)(tiny, device, *(others or [test]), *optimizer)
+
+
+@pytest.mark.parametrize("action", [main.test, main.predict])
+def test_answers_that_are_not_numbers_are_no_result(tiny, action):
+    images = torch.zeros(4, 3, 32, 32)
+    images[2] = math.nan
+    with pytest.raises(FloatingPointError, match="answers to 1 of 4 images are not numbers"):
+        action(tiny, CPU, [(images, torch.zeros(4, dtype=torch.int64))])
+
+
+def test_a_model_without_a_gradient_is_refused_in_one_line(tiny, loaders, monkeypatch):
+    forward = tiny.forward
+    monkeypatch.setattr(tiny, "forward", lambda x: forward(x).detach())
+    with pytest.raises(ValueError, match="no gradient leads from the loss to a weight"):
+        main.train(tiny, CPU, loaders[0], torch.optim.SGD(tiny.parameters(), 0.1))
+
+
 def test_a_loader_without_batches_is_refused():
     model, optimizer = build()
     with pytest.raises(ValueError, match="the training loader has no batch"):

@@ -137,12 +137,21 @@ def test_momentum_is_left_alone():
         {"max_lr": 0.1, "min_lr": 0.2},
         {"max_lr": 0.1, "min_lr": -0.1},
         {"max_lr": 0.1, "epochs": 0},
+        {"max_lr": 0.1, "peak_epoch": -1},
+        {"max_lr": 0.1, "peak_epoch": math.nan},
     ],
 )
 def test_an_impossible_schedule_is_refused(options):
     arguments = {"epochs": 2, "steps_per_epoch": 5} | options
-    with pytest.raises(ValueError, match=r"rates must be|a schedule needs a step"):
+    with pytest.raises(ValueError, match=r"rates must be|a schedule needs a step|peak_epoch must be"):
         one_cycle(torch.optim.Adam([nn.Parameter(torch.zeros(1))]), **arguments)
+
+
+@pytest.mark.parametrize("name", optim.OPTIMIZERS)
+@pytest.mark.parametrize("options", [{"lr": -1}, {"lr": math.nan}, {"weight_decay": math.nan}])
+def test_every_optimizer_refuses_numbers_that_are_none(tiny, name, options):
+    with pytest.raises(ValueError, match="(lr|weight_decay) must be at least 0, not (-1|nan)"):
+        make_optimizer(name, tiny, **options)
 
 
 # The range test

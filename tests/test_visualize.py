@@ -126,6 +126,31 @@ def test_tiles_are_equally_large_whatever_their_titles(sample, tiny):
     assert len(tiles) == 30 and np.ptp(sizes, axis=0).max() < 0.01
 
 
+def test_images_predictions_and_classes_that_do_not_belong_together_are_refused(sample, tiny):
+    predictions = make_predictions(sample, 9)
+    for images, classes in ((sample.images[:99], CLASSES), (sample.images, CLASSES[:9])):
+        with pytest.raises(ValueError, match="there are predictions of 200|know 10 classes, and 9"):
+            visualize.plot_misclassified(images, predictions, classes)
+        with pytest.raises(ValueError, match="there are predictions of 200|know 10 classes, and 9"):
+            visualize.plot_gradcam(tiny, images, predictions, classes, layer="layer1")
+    with pytest.raises(ValueError, match="know 10 classes, and 9"):
+        visualize.plot_confusion_matrix(predictions, CLASSES[:9])
+
+
+@pytest.mark.parametrize("histories", [{}, {"a": History()}, {"a": make_history(), "b": History()}])
+def test_a_history_without_an_epoch_is_refused(histories):
+    with pytest.raises(ValueError, match="a history without an epoch"):
+        visualize.plot_history(histories)
+
+
+def test_a_target_that_is_no_whole_number_is_refused(sample, tiny):
+    images = normalize(sample.images[:2], [0.5] * 3, [0.25] * 3)
+    with pytest.raises(TypeError, match="float"):
+        gradcam(tiny, images, "layer1", [0.5, 1])
+    array = gradcam(tiny, images.numpy(), "layer1", [0, 1])
+    assert np.array_equal(array, gradcam(tiny, images, "layer1", [0, 1]))
+
+
 def test_a_gallery_copes_with_no_mistakes(sample, tiny):
     predictions = make_predictions(sample, 0)
     assert texts(visualize.plot_misclassified(sample.images, predictions, CLASSES)) == [

@@ -58,6 +58,33 @@ def check_finite(epoch_state: EpochState, scaler: torch.amp.GradScaler, lr: floa
     raise FloatingPointError(f"{fault} at {where}; stopped before the update; {LR_HINT}")
 
 
+def check_answers(logits: torch.Tensor) -> None:
+    """Refuse answers that are not numbers: the first class would be taken for the most probable one.
+
+    Raises:
+        FloatingPointError: how many there are.
+    """
+    count = int(torch.isnan(logits).any(1).sum())
+    if count:
+        raise FloatingPointError(
+            f"the network's answers to {count:,} of {len(logits):,} images are not numbers: look for "
+            "such values in the images and in the weights"
+        )
+
+
+def check_gradient(loss: torch.Tensor) -> None:
+    """Refuse a loss from which no gradient leads to a weight.
+
+    Raises:
+        ValueError: what may be the cause.
+    """
+    if not loss.requires_grad:
+        raise ValueError(
+            "no gradient leads from the loss to a weight: is there a detach() or a no_grad() in the "
+            "model's forward, or is every weight frozen that it uses?"
+        )
+
+
 @contextlib.contextmanager
 def statistics_kept_finite(model: nn.Module) -> Iterator[None]:
     """Put back the running statistics of norms that a step with a number that is not finite has spoiled.

@@ -19,7 +19,9 @@ from data import BatchLoader, random_state, set_random_state, start_epoch
 from training.guards import (
     Signals,
     Stopped,
+    check_answers,
     check_finite,
+    check_gradient,
     signals_noted,
     skips_on_device,
     statistics_kept_finite,
@@ -50,6 +52,7 @@ from utils import (
     Predictions,
     Stats,
     autocast,
+    get_device,
     keep_freed_memory,
     make_scaler,
     name_of,
@@ -133,7 +136,7 @@ def train(  # noqa: PLR0913
     Raises:
         FloatingPointError: loss or gradient is not finite; the weights are those before that step.
     """
-    device = torch.device(device)
+    device = get_device(device)
     settings = make_settings(device, precision, label_smoothing, seed)
     check_training(model, train_loader, optimizer, scheduler)
     check_steps_left(scheduler, train_loader, 1)
@@ -213,6 +216,7 @@ def train_step(
     with autocast(images.device, settings.precision):
         logits = forward(images)
         loss = F.cross_entropy(logits, labels, label_smoothing=settings.label_smoothing)
+    check_gradient(loss)
     sound = epoch_state.totals[2] == epoch_state.steps  # totals[2] counts the finite steps
     if labels.device.type != "cpu":  # without waiting: cross-entropy leaves out a label of -100
         sound = sound & (labels >= 0).all()
@@ -249,10 +253,15 @@ def test(
 
     Args:
         tta: average the logits of six views of each image, as in `six_views`.
+
+    Raises:
+        FloatingPointError: an answer is not a number, and so would be the loss.
     """
     check_model(model)
     check_loader("test", test_loader)
-    return score(*forward_all(model, device, test_loader, precision, tta))
+    logits, labels = forward_all(model, device, test_loader, precision, tta)
+    check_answers(logits)
+    return score(logits, labels)
 
 
 def score(logits: Tensor, labels: Tensor) -> Stats:
@@ -274,6 +283,7 @@ def predict(
     check_loader("prediction", loader)
     warn_if_shuffled(loader)
     logits, labels = forward_all(model, device, loader, precision, tta)
+    check_answers(logits)
     return Predictions(logits.softmax(1).cpu().numpy(), labels.cpu().numpy())
 
 
@@ -281,7 +291,7 @@ def forward_all(
     model: nn.Module, device: torch.device | str, loader: BatchLoader, precision: str, tta: bool = False
 ) -> tuple[Tensor, Tensor]:
     """Logits float32 (N, K) and labels (N,) of a loader, on the device; every module's mode is kept."""
-    device = torch.device(device)
+    device = get_device(device)
     keep_freed_memory(device)
     dtype = pick_precision(precision, device)
     model.to(device).to(memory_format=torch.channels_last)
@@ -350,7 +360,7 @@ def fit_model(  # noqa: PLR0913
         Stopped: SIGINT or SIGTERM came; a checkpoint was written first.
         OSError: the last epoch's files could not be written.
     """
-    device, epochs = torch.device(device), whole_number("epochs", epochs, 1)
+    device, epochs = get_device(device), whole_number("epochs", epochs, 1)
     ema_decay = fraction("ema_decay", ema_decay)
     settings = make_settings(device, precision, label_smoothing, seed, compile)
     if not isinstance(checkpoints, Checkpoints):

@@ -22,7 +22,14 @@ from data import BatchLoader, random_state, set_random_state
 from files import read_bytes
 from training.inputs import check_batch, check_evaluation, check_training, whole_number
 from training.optim import copy_of, scale_rates
-from utils import check_numbers, keep_freed_memory, make_scaler, pick_precision, random_state_kept
+from utils import (
+    check_numbers,
+    get_device,
+    keep_freed_memory,
+    make_scaler,
+    pick_precision,
+    random_state_kept,
+)
 
 RULES = ("steepest", "valley", "minimum_over_ten", "minimum")
 
@@ -90,7 +97,7 @@ def find_lr(  # noqa: PLR0913
     if not 0 < start_lr < end_lr < math.inf:
         raise ValueError(f"start_lr must be positive and under end_lr, not {start_lr} and {end_lr}")
     check_training(model, train_loader, optimizer)
-    device, steps = torch.device(device), whole_number("steps", steps, 1)
+    device, steps = get_device(device), whole_number("steps", steps, 1)
     keep_freed_memory(device)
     dtype = pick_precision(precision, device)
     # As in training: the layout moves the numbers.

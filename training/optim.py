@@ -112,6 +112,9 @@ def make_optimizer(
             the logits: s squared in all. So 1/64 acts like Page's logits times 1/8.
     """
     choose("optimizer", name, OPTIMIZERS)
+    for what, value in {"lr": lr, "weight_decay": weight_decay}.items():
+        if not value >= 0:  # nor NaN
+            raise ValueError(f"{what} must be at least 0, not {value}")
     last = [module for module in model.modules() if isinstance(module, nn.Linear)][-1:]
     head = [p for module in last for p in module.parameters() if head_lr_scale != 1 or name == "muon"]
     body = [p for p in model.parameters() if not any(p is other for other in head)]
@@ -168,7 +171,7 @@ class Muon(torch.optim.Optimizer):
         momentum: float = MOMENTUM,
         orthogonal: bool = False,
     ):
-        if momentum <= 0:
+        if not momentum > 0:
             raise ValueError(f"momentum must be above 0, not {momentum}")
         defaults = {
             "lr": lr,
@@ -300,11 +303,13 @@ def one_cycle(
             max_lr / 25, PyTorch's own.
 
     Raises:
-        ValueError: a rate is not positive and finite, or min_lr is over max_lr.
+        ValueError: a rate is not positive and finite, min_lr is over max_lr, or peak_epoch is under 0.
     """
     min_lr = max_lr / 25 if min_lr is None else min_lr
     if not 0 < min_lr <= max_lr < math.inf:
         raise ValueError(f"rates must be 0 < min_lr <= max_lr, finite, not {min_lr} and {max_lr}")
+    if not peak_epoch >= 0:  # nor NaN
+        raise ValueError(f"peak_epoch must be at least 0, not {peak_epoch}")
     steps = epochs * steps_per_epoch
     if steps < 1:
         raise ValueError(f"a schedule needs a step: {epochs} epochs of {steps_per_epoch} is none")
