@@ -5,7 +5,7 @@ import errno
 import os
 import threading
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future, wait
+from concurrent.futures import Future, InvalidStateError, wait
 from pathlib import Path
 from typing import TextIO, TypeVar
 
@@ -69,14 +69,19 @@ def answered(seconds: float, call: Callable[..., Answer], place: str | Path) -> 
     answer: Future[Answer] = Future()
 
     def work() -> None:
-        try:
-            answer.set_result(call(place))
-        except BaseException as error:
-            answer.set_exception(error)
+        with contextlib.suppress(InvalidStateError):  # nobody waits any longer
+            try:
+                result = call(place)
+            except BaseException as error:
+                answer.set_exception(error)
+                return
+            if answer.cancelled() and hasattr(result, "close"):
+                result.close()
+            answer.set_result(result)
 
     threading.Thread(target=work, daemon=True).start()
-    done = wait([answer], seconds).done
-    if not done:
+    wait([answer], seconds)
+    if answer.cancel():
         raise TimeoutError(errno.ETIMEDOUT, f"no answer within {seconds:g} s", str(place))
     return answer.result()
 

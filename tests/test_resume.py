@@ -235,6 +235,7 @@ if __name__ == "__main__":
     stuck = DataLoader(Stuck(), 8, num_workers={workers}, persistent_workers={workers} > 0)
     train, test = (quick, stuck) if {evaluation} else (stuck, quick)
     checkpoints = Checkpoints({folder!r})
+    optimizer.register_step_post_hook(lambda *_: print("updated", flush=True))
     main.fit_model(model, "cpu", train, test, optimizer, epochs=1, checkpoints=checkpoints)
 """
 
@@ -251,9 +252,10 @@ def test_a_wait_for_a_batch_that_never_comes_ends_soon_after_a_signal(tmp_path, 
         stderr=subprocess.PIPE,
         text=True,
     )
-    stuck = 0
-    while stuck < max(1, workers):  # PyTorch alone would wait five seconds for each of them
-        stuck += process.stdout.readline().count("stuck")
+    printed = []
+    # PyTorch alone would wait five seconds for each worker that is stuck.
+    while printed.count("stuck\n") < max(1, workers) or "updated\n" not in printed:
+        printed.append(process.stdout.readline())
     process.send_signal(signal.SIGTERM)
     _, errors = process.communicate(timeout=19)
     assert "Stopped: stopped by SIGTERM" in errors

@@ -126,10 +126,10 @@ def test_a_notebook_runs_seeds_by_the_same_call(tmp_path, untrained):
 
 
 def test_a_signal_ends_all_seeds_and_says_how_they_go_on(pair, monkeypatch, capsys):
-    def stop(*arguments):
+    def stop(*arguments, **options):
         raise Stopped(signal.SIGTERM)
 
-    monkeypatch.setattr(run, "execute", stop)
+    monkeypatch.setattr(run, "fit_model", stop)
     assert main.main(["--seeds", "3", "--resume", "--output", str(pair)]) == 128 + signal.SIGTERM
     assert "--resume continues the run" in capsys.readouterr().err
 
