@@ -1,5 +1,6 @@
 """Brings a dataset to disk, verified, and yields batches."""
 
+import operator
 import os
 import random
 import re
@@ -14,7 +15,7 @@ import cv2
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import DataLoader, Dataset, SequentialSampler
 
 from augmentation.batch import AugmentParams, BatchProgram
 from augmentation.spelling import warn_of_fill
@@ -95,12 +96,14 @@ PREFETCHED = 2  # batches that each worker prepares ahead
 BATCH_TIMEOUT = 300  # seconds; a batch that takes longer never comes
 
 
-class EpochSampler(Sampler):
+class EpochSampler(SequentialSampler):
     """The keys (epoch, batch) of an epoch's `batches`, which a dataset turns into images.
 
     `set_epoch` chooses the epoch and, to go on in the middle of it, the first batch. A complete pass
     moves on to the next epoch by itself; a look at the first batches does not (but worker processes
     read ahead, and may complete a short epoch unseen).
+
+    Its keys are in order, hence its class: Lightning gives loaders of others a sampler of its own.
     """
 
     def __init__(self, batches: int):
@@ -111,7 +114,7 @@ class EpochSampler(Sampler):
         """Make the next pass that of `epoch`, from batch `first` on."""
         self.epoch, self.first = epoch, first
 
-    def __iter__(self) -> Iterator[tuple[int, int]]:
+    def __iter__(self) -> Iterator[tuple[int, int]]:  # type: ignore[override]  # keys of its own
         epoch = self.epoch
         yield from ((epoch, batch) for batch in range(self.first, self.batches))
         self.set_epoch(epoch + 1)
@@ -134,7 +137,8 @@ class Batches(Dataset):
     """Whole batches, augmented by a batch program on the device that holds the images.
 
     Key (epoch, batch) -> images float (n, C, H, W) and labels int64 (n,), both on the device, or on the
-    CPU if that is Apple's MPS.
+    CPU if that is Apple's MPS. Key i -> image i, as the first epoch would augment it at place i, and its
+    label as an int. `data`, `targets` and `classes` are what torchvision's datasets have.
     """
 
     def __init__(
@@ -149,17 +153,24 @@ class Batches(Dataset):
         # MPS copies a strided view whole before it reads from one, and here that is every crop there is.
         self.device = torch.device("cpu" if torch.device(device).type == "mps" else device)
         self.split, self.program = split, program
+        self.data, self.targets, self.classes = split.images, split.labels.tolist(), split.classes
         self.batch_size, self.seed, self.shuffle = batch_size, seed, shuffle
         self.padded_images = program.prepare(split.images, self.device)
         self.labels = torch.from_numpy(split.labels).to(self.device)
         # Epoch, order and draws of the epoch last asked for.
         self.epoch_cache: tuple[int, Tensor, AugmentParams] | None = None
+        self.single_draws: AugmentParams | None = None  # those of key i
+
+    def __len__(self) -> int:
+        return len(self.split)
 
     def describe(self) -> str:
         """What is done to the images, in words that are the same in every process."""
         return "; ".join(filter(None, (repr(self.program), self.split.prepared)))
 
-    def __getitem__(self, key: tuple[int, int]) -> tuple[Tensor, Tensor]:
+    def __getitem__(self, key: tuple[int, int] | int) -> tuple[Tensor, Tensor | int]:
+        if not isinstance(key, tuple):
+            return self.single(place_of(key, len(self)))
         epoch, batch = key
         if self.epoch_cache is None or self.epoch_cache[0] != epoch:
             self.epoch_cache = (epoch, *self.make_epoch_cache(epoch))
@@ -168,17 +179,45 @@ class Batches(Dataset):
         index = order[positions]
         return self.program(self.padded_images, index, augment_params.at(positions)), self.labels[index]
 
-    def make_epoch_cache(self, epoch: int) -> tuple[Tensor, AugmentParams]:
-        """Order and draws of a whole epoch; made on the CPU, so the same on every device."""
+    def single(self, index: int) -> tuple[Tensor, int]:
+        """Image `index`, augmented as the first epoch does at that place, and its label."""
+        if self.single_draws is None:
+            self.single_draws = self.draws(1)
+        at = self.single_draws.at(slice(index, index + 1))
+        images = self.program(self.padded_images, torch.tensor([index], device=self.device), at)
+        return images[0], self.targets[index]
+
+    def order(self, epoch: int) -> np.ndarray:
+        """Which image stands at each place of an epoch."""
         count = len(self.split)
-        order = epoch_order(count, self.seed, epoch) if self.shuffle else np.arange(count)
+        return epoch_order(count, self.seed, epoch) if self.shuffle else np.arange(count)
+
+    def draws(self, epoch: int) -> AugmentParams:
+        """The random decisions of a whole epoch; made on the CPU, so the same on every device."""
         rng = np.random.default_rng([self.seed, AUGMENTATION, epoch])
-        augment_params = self.program.draw(rng, count, self.padded_images)
-        return torch.from_numpy(order).to(self.device), augment_params.to(self.device)
+        return self.program.draw(rng, len(self.split), self.padded_images).to(self.device)
+
+    def make_epoch_cache(self, epoch: int) -> tuple[Tensor, AugmentParams]:
+        """Order and draws of a whole epoch."""
+        return torch.from_numpy(self.order(epoch)).to(self.device), self.draws(epoch)
+
+
+def place_of(key: Any, count: int) -> int:
+    """The index that a key of one's own names, from the end if it is negative.
+
+    Raises:
+        IndexError: there is no such image, which also ends a loop over the images.
+    """
+    index = operator.index(key)
+    if not -count <= index < count:
+        raise IndexError(f"there are {count} images, from 0 on; {index} is none of them")
+    return index % count
 
 
 class Samples(Dataset):
     """The same batches image by image through any Albumentations pipeline, for DataLoader workers.
+
+    Keys, `data`, `targets` and `classes` are those of `Batches`.
 
     Albumentations 2.0.8 gives every worker one and the same stream, and its `set_random_seed` gives
     every transform of a pipeline one and the same generator. Here each image has a generator of its
@@ -187,7 +226,11 @@ class Samples(Dataset):
 
     def __init__(self, split: Split, compose: Any, batch_size: int, seed: int, shuffle: bool):
         self.split, self.compose = split, compose
+        self.data, self.targets, self.classes = split.images, split.labels.tolist(), split.classes
         self.batch_size, self.seed, self.shuffle = batch_size, seed, shuffle
+
+    def __len__(self) -> int:
+        return len(self.split)
 
     def describe(self) -> str:
         """What is done to the images, in words that are the same in every process."""
@@ -198,14 +241,20 @@ class Samples(Dataset):
             words = ", ".join(type(transform).__name__ for transform in transforms)
         return "; ".join(filter(None, (words, self.split.prepared)))
 
-    def __getitem__(self, key: tuple[int, int]) -> tuple[Tensor, Tensor]:
+    def __getitem__(self, key: tuple[int, int] | int) -> tuple[Tensor, Tensor | int]:
+        if not isinstance(key, tuple):
+            place = place_of(key, len(self))
+            return self.image(1, place, place), self.targets[place]
         epoch, batch = key
-        count = len(self.split)
-        order = epoch_order(count, self.seed, epoch) if self.shuffle else np.arange(count)
         first = batch * self.batch_size
-        index = order[first : first + self.batch_size]
+        index = self.order(epoch)[first : first + self.batch_size]
         images = [self.image(epoch, first + k, i) for k, i in enumerate(index)]
         return torch.stack(images), torch.from_numpy(self.split.labels[index])
+
+    def order(self, epoch: int) -> np.ndarray:
+        """Which image stands at each place of an epoch."""
+        count = len(self.split)
+        return epoch_order(count, self.seed, epoch) if self.shuffle else np.arange(count)
 
     def image(self, epoch: int, position: int, index: int) -> Tensor:
         """Image `index` as it looks at one position of one epoch: float (C, H, W)."""

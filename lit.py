@@ -62,8 +62,12 @@ class LitModel(LightningModule):
             raise ValueError(f"num_classes must be {len(loaders.classes)}, not {self.num_classes}")
 
     def on_train_epoch_start(self) -> None:
-        """Count epochs from 1, as our samplers do; Lightning has just told them its own, from 0."""
-        start_epoch(self.trainer.train_dataloader, self.current_epoch + 1)
+        """Count epochs from 1, as our samplers do; Lightning has just told them its own, from 0.
+
+        With `overfit_batches` each epoch is the first one again, so that its batches are the same.
+        """
+        epoch = 1 if self.trainer.overfit_batches else self.current_epoch + 1
+        start_epoch(self.trainer.train_dataloader, epoch)
 
     def training_step(self, batch: tuple[Tensor, Tensor], index: int) -> Tensor:
         """The loss of a batch."""
@@ -127,12 +131,13 @@ class LitData(LightningDataModule):
         self.config = config
         self.loaders: Loaders = None  # type: ignore[assignment]  # until `setup`
 
-    def setup(self, stage: str) -> None:
-        """Load the data once."""
+    def setup(self, stage: str | None = None) -> None:
+        """Load the data once; without a Trainer, for the CPU."""
         # What advises more workers does not know that these batches need none.
         warnings.filterwarnings("ignore", ".*does not have many workers")
         if self.loaders is None:
-            self.loaders = make_loaders(self.config, self.trainer.strategy.root_device)
+            device = self.trainer.strategy.root_device if self.trainer else "cpu"
+            self.loaders = make_loaders(self.config, device)
 
     def train_dataloader(self) -> DataLoader:
         """The training images, shuffled and augmented."""

@@ -179,3 +179,25 @@ def test_a_schedule_without_an_end_is_refused(tmp_path):
     trainer, _ = make_trainer(CONFIG, tmp_path, max_epochs=-1, max_time="00:00:01:00")
     with pytest.raises(ValueError, match="needs an end: give the Trainer max_epochs"):
         trainer.fit(LitModel(CONFIG), datamodule=LitData(CONFIG))
+
+
+def test_overfit_batches_shows_the_same_batches_in_each_epoch(tmp_path):
+    seen = []
+
+    class Watch(Callback):
+        def on_train_batch_start(self, trainer, module, batch, index):
+            seen.append(batch[0].clone())
+
+    model, data = LitModel(CONFIG), LitData(CONFIG)
+    trainer, _ = make_trainer(CONFIG, tmp_path, overfit_batches=2)
+    trainer.callbacks.append(Watch())
+    trainer.fit(model, data)
+    assert len(seen) == 6 and len(seen[0]) == 64
+    assert torch.equal(seen[0], seen[2]) and torch.equal(seen[1], seen[5])
+    assert not torch.equal(seen[0], seen[1])
+
+
+def test_the_data_can_be_set_up_without_a_trainer():
+    data = LitData(CONFIG)
+    data.setup(None)
+    assert len(data.train_dataloader()) == 5 and len(data.test_dataloader().dataset) == 1000
