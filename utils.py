@@ -41,14 +41,19 @@ class Stats(NamedTuple):
 
 @dataclass(frozen=True)
 class Predictions:
-    """What a model says of every image of a loader, in the loader's order.
+    """What a model says of every image of a loader, in the order of one pass, and the images themselves.
 
     Shape:
-        probabilities float32 (N, K), labels int64 (N,).
+        probabilities float32 (N, K), labels int64 (N,), images uint8 (N, H, W, 3) or None.
     """
 
     probabilities: np.ndarray
     labels: np.ndarray
+    images: np.ndarray | None = None  # none: they are not in colour, or were too many to keep
+    classes: tuple[str, ...] = ()  # names; none: the loader has none
+    normalization: dict[str, tuple[float, ...]] = field(
+        default_factory=dict
+    )  # mean and std of the images
 
     @property
     def predicted(self) -> np.ndarray:

@@ -55,13 +55,17 @@ ROOMS = {
     },
     "training": {
         "starting": 0,
+        "arguments": 0,
+        "criterion": 0,
         "guards": 0,
-        "inputs": 0,
         "optim": 0,
-        "lr_finder": 1,
-        "progress": 1,
-        "loops": 2,
-        "__init__": 3,
+        "pictures": 0,
+        "inputs": 1,
+        "lr_finder": 2,
+        "progress": 2,
+        "settings": 2,
+        "loops": 3,
+        "__init__": 4,
     },
 }
 EXTRAS = {

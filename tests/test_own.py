@@ -11,7 +11,9 @@ import signal
 import warnings
 from collections.abc import Callable
 from pathlib import Path
+from typing import NamedTuple
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -31,6 +33,7 @@ import main
 from checkpoint import Checkpoints
 from reporting import gradcam
 from training import guards
+from transforms import denormalize
 
 CPU = torch.device("cpu")
 PAGE = Path(main.__file__).parent / "docs" / "own_objects.md"
@@ -45,6 +48,13 @@ def images_and_labels(count=COUNT):
     return torch.randn(count, 3, SIZE, SIZE, generator=generator) + labels[
         :, None, None, None
     ] / 4, labels
+
+
+class Normalized(NamedTuple):
+    """What `predict` looks for in a dataset's transform."""
+
+    mean: tuple
+    std: tuple
 
 
 def dataset():
@@ -298,7 +308,7 @@ REFUSED_SCHEDULERS = {
         lambda o: lr_scheduler.StepLR(torch.optim.SGD([nn.Parameter(torch.ones(1))], 0.1), 4),
         "is another optimizer's",
     ),
-    "a criterion in its place": (lambda o: nn.CrossEntropyLoss(), r"has no step\(\)"),
+    "a file name": (lambda o: Path("schedule"), r"has no step\(\)"),
 }
 
 
@@ -512,10 +522,18 @@ def test_an_optimizer_of_another_model_is_refused():
         fit(model, batches(), other)
 
 
-def test_a_shuffled_loader_is_warned_about_where_its_order_is_what_counts(capsys):
+def test_of_a_shuffled_loader_images_labels_and_answers_are_of_one_pass():
     model, _ = make("tied weights")
-    main.predict(model, CPU, DataLoader(dataset(), 8, shuffle=True), precision="fp32")
-    assert "the loader shuffles" in capsys.readouterr().out
+    images, labels = images_and_labels()
+    loader = DataLoader(dataset(), 8, shuffle=True)
+    loader.dataset.transform = Normalized((0.0,) * 3, (1.0,) * 3)
+    shuffled = main.predict(model, CPU, loader, precision="fp32")
+    in_order = main.predict(model, CPU, batches(), precision="fp32")
+    pictures = denormalize(images, (0.0,) * 3, (1.0,) * 3)
+    place = [int((pictures == one).all((1, 2, 3)).argmax()) for one in shuffled.images]
+    assert sorted(place) == list(range(COUNT)) != place
+    assert (shuffled.labels == labels.numpy()[place]).all()
+    np.testing.assert_allclose(shuffled.probabilities, in_order.probabilities[place], atol=1e-5)
 
 
 @pytest.mark.parametrize(

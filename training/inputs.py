@@ -9,10 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import ReduceLROnPlateau
-from torch.utils.data import Dataset, RandomSampler, WeightedRandomSampler
+from torch.utils.data import Dataset
 
 from augmentation.spelling import check_pipelines_of
 from data import BatchLoader, EpochSampler, random_state, set_random_state
+from training.criterion import check_criterion
 from utils import autocast, inner_model, random_state_kept
 
 # The settings of PyTorch's schedulers that are numbers of steps. Whoever is used to stepping a scheduler
@@ -211,13 +212,19 @@ def check_labels(labels: Tensor, classes: int) -> None:
         raise ValueError(f"labels must be 0 to {classes - 1}, not {low} to {high}")
 
 
-def count_classes(model: nn.Module, images: Tensor, device: torch.device, dtype: torch.dtype) -> int:
+def count_classes(
+    model: nn.Module, images: Tensor, device: torch.device, dtype: torch.dtype, criterion: Any = None
+) -> int:
     """The number of classes of a model: the number of logits that it answers to two images.
 
     The model, its running statistics and the random state stay as they are.
 
+    Args:
+        criterion: a loss of one's own, which is tried on that answer.
+
     Raises:
-        ValueError: the model does not return logits (N, K); the message says what it returns.
+        ValueError: the model does not return logits (N, K), or the criterion cannot be used; the
+            message says what it returns.
     """
     images = images[:2].to(device)
     plain = inner_model(model)  # a compiled model would be compiled again for this size of a batch
@@ -229,6 +236,8 @@ def count_classes(model: nn.Module, images: Tensor, device: torch.device, dtype:
             shape = f"{images.dtype} {tuple(images.shape)}"
             raise ValueError(f"the model does not take a batch of images {shape}: {fault}") from None
     check_logits(logits, len(images))
+    if criterion is not None:
+        check_criterion(criterion, logits.float())
     return logits.shape[1]
 
 
@@ -246,7 +255,9 @@ def check_logits(logits: Any, count: int) -> Tensor:
     return logits
 
 
-def check_evaluation(model: nn.Module, device: torch.device, dtype: torch.dtype, *loaders: Any) -> int:
+def check_evaluation(
+    model: nn.Module, device: torch.device, dtype: torch.dtype, *loaders: Any, criterion: Any = None
+) -> int:
     """Check the first batch of each loader to evaluate on, and the model's answer to it.
 
     The model is moved to the device. Loaders and random state stay as they are.
@@ -264,8 +275,14 @@ def check_evaluation(model: nn.Module, device: torch.device, dtype: torch.dtype,
     for loader in evaluation_loaders:
         check_loader("evaluation", loader)
         batch = first_batch(loader)
-        classes = count_classes(model, check_batch(batch)[0], device, dtype)
+        classes = count_classes(model, check_batch(batch)[0], device, dtype, criterion)
         check_batch(batch, classes)
+        names = getattr(getattr(loader, "dataset", None), "classes", None)
+        if isinstance(names, list | tuple) and len(names) < classes:
+            print(
+                f"warning: the model tells {classes} classes apart, and the data has {len(names)}; "
+                f"num_classes={len(names)} makes one for it"
+            )
     return classes
 
 
@@ -306,10 +323,3 @@ def training_mode(model: nn.Module) -> None:
     """
     if not model.training:
         model.train()
-
-
-def warn_if_shuffled(loader: Any) -> None:
-    """Warn if a loader shuffles: its next pass has the images in another order than the predictions."""
-    sampler = getattr(loader, "sampler", None)
-    if isinstance(sampler, RandomSampler | WeightedRandomSampler):
-        print("warning: the loader shuffles: predictions are in the order of this pass, no other has it")

@@ -4,8 +4,8 @@ import contextlib
 import functools
 import math
 import time
-from collections.abc import Callable, Generator
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Generator, Iterable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,8 @@ from torch.nn import functional as F
 
 from checkpoint import Checkpoints
 from data import BatchLoader, random_state, set_random_state, start_epoch
+from training.arguments import any_order
+from training.criterion import Criterion, check_criterion, images_in_mean
 from training.guards import (
     Signals,
     Stopped,
@@ -41,11 +43,12 @@ from training.inputs import (
     fraction,
     length_of,
     training_mode,
-    warn_if_shuffled,
     whole_number,
 )
 from training.optim import Scheduler, averaging, ema_copy
+from training.pictures import Pictures
 from training.progress import make_row, progress, training_log
+from training.settings import TrainSettings, make_settings, resumable
 from utils import (
     EpochState,
     History,
@@ -55,7 +58,6 @@ from utils import (
     get_device,
     keep_freed_memory,
     make_scaler,
-    name_of,
     pick_precision,
     seeded,
     six_views,
@@ -87,45 +89,26 @@ class TrainState:
         return self.model if self.ema_model is None else self.ema_model
 
 
-@dataclass(frozen=True)
-class TrainSettings:
-    """How each batch is trained on; the same in the whole run."""
-
-    precision: torch.dtype  # of the forward pass
-    label_smoothing: float = 0.0
-    seed: int = 0  # of dropout
-    compile: bool = False
-
-
-def make_settings(
-    device: torch.device, precision: str, label_smoothing: float, seed: int, compile: bool = False
-) -> TrainSettings:
-    """Settings as plain numbers, whatever kind of number they were given as."""
-    return TrainSettings(
-        pick_precision(precision, device),
-        fraction("label_smoothing", label_smoothing),
-        whole_number("seed", seed, 0),
-        bool(compile),
-    )
-
-
+@any_order
 def train(  # noqa: PLR0913
     model: nn.Module,
     device: torch.device | str,
     train_loader: BatchLoader,
     optimizer: torch.optim.Optimizer,
     scheduler: Scheduler | None = None,
-    *,
+    criterion: Criterion | None = None,
     epoch: int | None = None,
+    *,
     precision: str = "auto",
     label_smoothing: float = 0.0,
     seed: int = 0,
 ) -> Stats:
-    """Train for one epoch with cross-entropy.
+    """Train for one epoch. The first seven arguments may come in any order: their kinds tell them apart.
 
     Args:
         train_loader: yields images float (N, C, H, W) and labels int64 (N,).
         scheduler: stepped after every batch.
+        criterion: of logits (N, K) and labels (N,); none: cross-entropy with `label_smoothing`.
         epoch: which one, from 1; none: the loader's next.
         precision: of the forward pass, as in `pick_precision`.
         seed: of dropout.
@@ -137,7 +120,7 @@ def train(  # noqa: PLR0913
         FloatingPointError: loss or gradient is not finite; the weights are those before that step.
     """
     device = get_device(device)
-    settings = make_settings(device, precision, label_smoothing, seed)
+    settings = make_settings(device, precision, label_smoothing, seed, criterion=criterion)
     check_training(model, train_loader, optimizer, scheduler)
     check_steps_left(scheduler, train_loader, 1)
     state = TrainState(model, optimizer, scheduler, make_scaler(device, settings.precision))
@@ -175,7 +158,9 @@ def train_steps(
     began = time.perf_counter() - epoch_state.seconds
     for batch in signals.batches(progress(loader, epoch_state)):
         if state.classes is None:
-            state.classes = count_classes(model, check_batch(batch)[0], device, settings.precision)
+            state.classes = count_classes(
+                model, check_batch(batch)[0], device, settings.precision, settings.criterion
+            )
         images, labels = to_device(*check_batch(batch, state.classes), device)
         with signals.held():
             lr = float(optimizer.param_groups[0]["lr"])
@@ -215,7 +200,7 @@ def train_step(
     optimizer.zero_grad(set_to_none=True)
     with autocast(images.device, settings.precision):
         logits = forward(images)
-        loss = F.cross_entropy(logits, labels, label_smoothing=settings.label_smoothing)
+        loss = settings.loss(logits, labels)
     check_gradient(loss)
     sound = epoch_state.totals[2] == epoch_state.steps  # totals[2] counts the finite steps
     if labels.device.type != "cpu":  # without waiting: cross-entropy leaves out a label of -100
@@ -230,7 +215,8 @@ def train_step(
         must_be_finite = must_be_finite + norm  # which it is if both are
     finite = torch.isfinite(must_be_finite) & sound
     hits = (logits.argmax(1) == labels).sum()
-    sums = torch.stack([loss.detach().float() * len(labels), hits.float(), finite.float()])
+    summed = loss.detach().float() * images_in_mean(settings.criterion, len(labels))
+    sums = torch.stack([summed, hits.float(), finite.float()])
     epoch_state.totals += sums
     if not skips_on_device(optimizer):
         check_finite(epoch_state, scaler, optimizer.param_groups[0]["lr"])
@@ -241,17 +227,20 @@ def train_step(
     scaler.update()
 
 
+@any_order
 def test(
     model: nn.Module,
     device: torch.device | str,
     test_loader: BatchLoader,
+    criterion: Criterion | None = None,
     *,
     precision: str = "auto",
     tta: bool = False,
 ) -> Stats:
-    """Mean cross-entropy and accuracy over every image of a loader, each counted once.
+    """Mean loss and accuracy over every image of a loader, each counted once; arguments in any order.
 
     Args:
+        criterion: of logits (N, K) and labels (N,); none: cross-entropy.
         tta: average the logits of six views of each image, as in `six_views`.
 
     Raises:
@@ -259,17 +248,23 @@ def test(
     """
     check_model(model)
     check_loader("test", test_loader)
-    logits, labels = forward_all(model, device, test_loader, precision, tta)
+    logits, labels = forward_all(model, get_device(device), test_loader, precision, tta)
     check_answers(logits)
-    return score(logits, labels)
+    if criterion is not None:
+        check_criterion(criterion, logits)
+    return score(logits, labels, criterion)
 
 
-def score(logits: Tensor, labels: Tensor) -> Stats:
-    """Mean cross-entropy and accuracy of logits (N, K) against labels (N,)."""
+def score(logits: Tensor, labels: Tensor, criterion: Criterion | None = None) -> Stats:
+    """Mean loss and accuracy of logits (N, K) against labels (N,)."""
     hits = (logits.argmax(1) == labels).sum().item()
-    return Stats(F.cross_entropy(logits, labels).item(), hits / len(labels))
+    with torch.no_grad():
+        loss = (F.cross_entropy if criterion is None else criterion)(logits, labels).item()
+    count = len(labels)
+    return Stats(loss / (count // images_in_mean(criterion, count)), hits / count)
 
 
+@any_order
 def predict(
     model: nn.Module,
     device: torch.device | str,
@@ -278,20 +273,26 @@ def predict(
     precision: str = "auto",
     tta: bool = False,
 ) -> Predictions:
-    """Class probabilities of every image of a loader, in the order of this pass; `tta` as in `test`."""
+    """Class probabilities of every image of a loader, with the images; arguments in any order.
+
+    Images, labels and probabilities are all in the order of this one pass, so they belong together
+    even where the loader shuffles.
+
+    Args:
+        tta: as in `test`.
+    """
     check_model(model)
     check_loader("prediction", loader)
-    warn_if_shuffled(loader)
-    logits, labels = forward_all(model, device, loader, precision, tta)
+    pictures = Pictures(loader)
+    logits, labels = forward_all(model, get_device(device), pictures.noted(loader), precision, tta)
     check_answers(logits)
-    return Predictions(logits.softmax(1).cpu().numpy(), labels.cpu().numpy())
+    return Predictions(logits.softmax(1).cpu().numpy(), labels.cpu().numpy(), **pictures.kept())
 
 
 def forward_all(
-    model: nn.Module, device: torch.device | str, loader: BatchLoader, precision: str, tta: bool = False
+    model: nn.Module, device: torch.device, loader: Iterable[Any], precision: str, tta: bool = False
 ) -> tuple[Tensor, Tensor]:
     """Logits float32 (N, K) and labels (N,) of a loader, on the device; every module's mode is kept."""
-    device = get_device(device)
     keep_freed_memory(device)
     dtype = pick_precision(precision, device)
     model.to(device).to(memory_format=torch.channels_last)
@@ -316,6 +317,7 @@ def forward_all(
     return torch.cat(logits), torch.cat(targets)
 
 
+@any_order
 def fit_model(  # noqa: PLR0913
     model: nn.Module,
     device: torch.device | str,
@@ -324,6 +326,7 @@ def fit_model(  # noqa: PLR0913
     optimizer: torch.optim.Optimizer,
     scheduler: Scheduler | None = None,
     epochs: int = 20,
+    criterion: Criterion | None = None,
     *,
     val_loader: BatchLoader | None = None,
     precision: str = "auto",
@@ -336,11 +339,16 @@ def fit_model(  # noqa: PLR0913
 ) -> History:
     """Train for some epochs, evaluate after each, print one table row for each.
 
+    The first eight arguments may come in any order: their kinds tell them apart, and of two loaders the
+    first is trained on.
+
     Args:
         train_loader: of `make_loader`'s loaders the first epoch is 1 in each call, so that a second
             call trains on the same batches; a `Config` of another seed makes a loader of others.
         test_loader: evaluated after each epoch; None where there is a `val_loader`.
         scheduler: stepped after every batch.
+        criterion: of logits (N, K) and labels (N,), for training and evaluation; none: cross-entropy,
+            in training with `label_smoothing`.
         ema_decay: of an exponential moving average (EMA) of the weights, such as 0.99. The average is
             evaluated and saved in place of the weights, and copied into the model at the end. 0: none.
         compile: the forward and backward pass of training, by `torch.compile`.
@@ -362,13 +370,13 @@ def fit_model(  # noqa: PLR0913
     """
     device, epochs = get_device(device), whole_number("epochs", epochs, 1)
     ema_decay = fraction("ema_decay", ema_decay)
-    settings = make_settings(device, precision, label_smoothing, seed, compile)
+    settings = make_settings(device, precision, label_smoothing, seed, compile, criterion)
     if not isinstance(checkpoints, Checkpoints):
         checkpoints = Checkpoints(checkpoints)
     check_training(model, train_loader, optimizer, scheduler)
     if not checkpoints.resume:  # which brings the schedule's own state
         check_steps_left(scheduler, train_loader, epochs)
-    check_evaluation(model, device, settings.precision, val_loader, test_loader)
+    check_evaluation(model, device, settings.precision, val_loader, test_loader, criterion=criterion)
     ema_model = ema_copy(model) if ema_decay else None
     state = TrainState(model, optimizer, scheduler, make_scaler(device, settings.precision), ema_model)
     unchanging = {"epochs": epochs, "ema_decay": ema_decay}
@@ -389,7 +397,7 @@ def fit_model(  # noqa: PLR0913
                 train_epoch(state, device, train_loader, checkpoints, settings, signals)
                 due = loaders_due(val_loader, test_loader, last)
                 options = {"precision": precision, "tta": tta and last}
-                stats = evaluate(state.evaluated, device, due, epoch_state, last, **options)
+                stats = evaluate(state.evaluated, device, due, epoch_state, last, criterion, **options)
                 row = make_row(epoch_state, stats, time.perf_counter() - start)
                 with signals.held():
                     checkpoints.end_epoch(row)
@@ -420,15 +428,6 @@ def train_epoch(
             checkpoints.save_if_due()
 
 
-def resumable(settings: TrainSettings, steps_per_epoch: int | None) -> dict:
-    """What must be the same when a training is continued, as plain data."""
-    return {
-        **asdict(settings),
-        "precision": name_of(settings.precision),
-        "steps_per_epoch": steps_per_epoch,
-    }
-
-
 def loaders_due(
     val_loader: BatchLoader | None, test_loader: BatchLoader | None, last: bool
 ) -> dict[str, BatchLoader]:
@@ -443,14 +442,15 @@ def evaluate(
     loaders: dict[str, BatchLoader],
     epoch_state: EpochState,
     last: bool,
+    criterion: Criterion | None,
     **options: Any,
 ) -> dict[str, Stats]:
     """Loss and accuracy of an epoch's training and of each loader; `options` as in `forward_all`."""
     stats = {"train": epoch_state.stats()}
     for part, loader in loaders.items():
         logits, labels = forward_all(model, device, loader, **options)
-        stats[part] = score(logits, labels)
-        warn_if_dead(epoch_state, part, stats[part], logits, last)
+        stats[part] = score(logits, labels, criterion)
+        warn_if_dead(epoch_state, part, score(logits, labels), logits, last)
     return stats
 
 

@@ -20,6 +20,8 @@ from tqdm import tqdm
 
 from data import BatchLoader, random_state, set_random_state
 from files import read_bytes
+from training.arguments import any_order
+from training.criterion import Criterion, check_one_loss
 from training.inputs import check_batch, check_evaluation, check_training, whole_number
 from training.optim import copy_of, scale_rates
 from utils import (
@@ -68,11 +70,13 @@ def read_finder(folder: Path) -> LRFinderResult | None:
         raise ValueError(f"{path} is not what a run writes ({error})") from None
 
 
+@any_order
 def find_lr(  # noqa: PLR0913
     model: nn.Module,
-    device: torch.device,
+    device: torch.device | str,
     train_loader: BatchLoader,
     optimizer: torch.optim.Optimizer,
+    criterion: Criterion | None = None,
     *,
     start_lr: float = 1e-5,
     end_lr: float = 10.0,
@@ -82,10 +86,13 @@ def find_lr(  # noqa: PLR0913
 ) -> LRFinderResult:
     """Run the LR-range test (Smith, arXiv:1506.01186): raise the rate each step, watch the loss.
 
+    The first five arguments may come in any order: their kinds tell them apart.
+
     It trains copies, so model, optimizer, loader and random state stay as they were, and what the
     caller froze is frozen in the copies too.
 
     Args:
+        criterion: of logits (N, K) and labels (N,); none: cross-entropy with `label_smoothing`.
         start_lr, end_lr: first and last rate; the test ends early when the loss is 5 times its least.
         steps: batches, spaced evenly in the logarithm of the rate.
         precision: of the forward pass, as in `pick_precision`.
@@ -94,6 +101,7 @@ def find_lr(  # noqa: PLR0913
     Raises:
         ValueError: the range is empty, fewer than 17 steps had a finite loss, or what `train` refuses.
     """
+    check_one_loss(criterion, label_smoothing)
     if not 0 < start_lr < end_lr < math.inf:
         raise ValueError(f"start_lr must be positive and under end_lr, not {start_lr} and {end_lr}")
     check_training(model, train_loader, optimizer)
@@ -102,7 +110,7 @@ def find_lr(  # noqa: PLR0913
     dtype = pick_precision(precision, device)
     # As in training: the layout moves the numbers.
     model.to(device).to(memory_format=torch.channels_last)
-    classes = check_evaluation(model, device, dtype, train_loader)
+    classes = check_evaluation(model, device, dtype, train_loader, criterion=criterion)
     model, optimizer = copy_of((model, optimizer), model)  # together: the copy updates the copy
     keep_frozen(model)
     for group in optimizer.param_groups:
@@ -115,7 +123,7 @@ def find_lr(  # noqa: PLR0913
         finder = import_lr_finder().LRFinder(
             model,
             optimizer,
-            nn.CrossEntropyLoss(label_smoothing=label_smoothing),
+            nn.CrossEntropyLoss(label_smoothing=label_smoothing) if criterion is None else criterion,
             device,
             amp_backend="torch",
             amp_config={"device_type": device.type, "dtype": dtype, "enabled": dtype != torch.float32},
@@ -174,7 +182,8 @@ def suggest_lrs(lrs: list[float], losses: list[float]) -> dict[str, float]:
     if curve[0] - curve[lowest] < 0.01 * curve[0]:
         raise ValueError(
             f"the loss of the range test never fell: {curve[0]:.3g} at a rate of {rates[0]:.2g}, "
-            f"at best {curve[lowest]:.3g}; give a rate, or look at the data"
+            f"at best {curve[lowest]:.3g}; if the network is trained already, make it anew for this "
+            "test; else give a rate, or look at the data"
         )
     still_falling = len(finite) == len(losses) and lowest >= len(curve) - 3
     # What comes after the minimum is divergence: no rule looks there.
