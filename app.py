@@ -41,6 +41,7 @@ from torch import nn
 from checkpoint import read_files
 from config import make_parser
 from reporting.markup import figure, legend, matrix, note, picture_tag, tag, wide
+from reporting.screen import off_screen
 from run import predict_images, run_config, test_images
 from serving import check_address, check_names, check_pillow, launch, private_uploads, serve
 from sources.apart import read_apart
@@ -222,6 +223,7 @@ def column(
     return f"<section>{head}{''.join(cards) or note('There is none.')}</section>"
 
 
+@off_screen()
 def plots(shown: Shown) -> str:
     """The curves of a run and the confusion matrix, on no background, for light and dark."""
     found = {}

@@ -14,8 +14,8 @@ import torch
 
 from config import RUN_FILE, SEEDS_FILE, Config, check_same_settings, check_version
 from files import Mirror, answered, lock_folder, read_bytes, reason, unlock_folder, write_whole
-from utils import Epoch, EpochState, History, environment, plain_state
-from weights_file import save_weights, weights_content
+from utils import Epoch, EpochState, History, environment
+from weights_file import plain_state, save_weights, weights_content
 
 KEPT = 2  # checkpoints; one alone could be the one that is being replaced
 LISTED, READ = 30.0, 600.0  # seconds that a drive, perhaps a network's, may take for it

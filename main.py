@@ -11,9 +11,12 @@ python main.py export RUN                  an ONNX file (or --format torch) that
 """
 
 import argparse
+import csv
+import io
 import shutil
 import sys
 import textwrap
+from collections.abc import Sequence
 from pathlib import Path
 
 from training.starting import end_on_signals
@@ -26,7 +29,7 @@ import numpy as np
 from checkpoint import check_same_images
 from config import CHOICES, STORAGE_FIELDS, Config, described, make_parser, parse_config
 from data import make_loaders
-from files import bad_input_refused, reason
+from files import bad_input_refused, reason, write_whole
 from models import MODELS
 from run import (
     check_own_weights,
@@ -51,7 +54,7 @@ from training.loops import fit_model, predict, test, train
 from training.lr_finder import find_lr
 from training.optim import make_optimizer, one_cycle
 from training.progress import unfailing_output
-from utils import choose, get_device, name_of, pick_precision
+from utils import choose, get_device, name_of, pick_precision, plain
 from weights_file import BARE, DEFAULT_WEIGHTS, import_weights, load_weights, save_weights
 
 __all__ = [
@@ -93,6 +96,7 @@ def train_command(argv: list[str]) -> None:
 
 def find_lr_command(argv: list[str]) -> None:
     """main.py find-lr [flags]: the range test of a run, its figure and its suggestions."""
+    from reporting.screen import off_screen
     from visualize import plot_lr_finder, save_figure
 
     config = parse_config(argv, "main.py find-lr")
@@ -101,7 +105,8 @@ def find_lr_command(argv: list[str]) -> None:
     with bad_input_refused():
         device, loaders, model, optimizer, folder = prepare(config)
     finder = range_test(config, device, loaders, model, optimizer, folder)
-    save_figure(plot_lr_finder(finder, config.lr_rule), folder / "lr_finder.png")
+    with off_screen():
+        save_figure(plot_lr_finder(finder, config.lr_rule), folder / "lr_finder.png")
     print(f"figure {folder / 'lr_finder.png'}")
 
 
@@ -134,6 +139,7 @@ def predict_command(argv: list[str]) -> None:
         "images", nargs="+", help="image files, after a run folder or weights file or not"
     )
     parser.add_argument("--top", type=int, default=3, help="classes to name (default: 3)")
+    parser.add_argument("--csv", metavar="FILE", help="write every probability into a CSV file")
     args = parser.parse_args(argv)
     first = args.images[0]
     known = first in MODELS or first.endswith((".safetensors", *BARE))
@@ -154,8 +160,25 @@ def predict_command(argv: list[str]) -> None:
         for path, row in zip(images, probabilities, strict=True):
             best = np.argsort(-row)[: max(1, args.top)]
             print(f"{path}:", ", ".join(f"{card['classes'][k]} {row[k]:.1%}" for k in best))
+        if args.csv:
+            with bad_input_refused():
+                write_probabilities(args.csv, list(images), probabilities, card["classes"])
     if faults:
         raise ValueError("; ".join(faults))
+
+
+def write_probabilities(
+    path: str, files: list[str], probabilities: np.ndarray, classes: Sequence[str]
+) -> None:
+    """A CSV file with a line for each image: file, class, its probability, and that of every class."""
+    table = io.StringIO()
+    writer = csv.writer(table, lineterminator="\n")
+    writer.writerow(["file", "predicted", "probability", *map(plain, classes)])
+    for file, row in zip(files, probabilities, strict=True):
+        best = int(row.argmax())
+        numbers = [f"{x:.6f}" for x in (row[best], *row)]
+        writer.writerow([plain(file), plain(classes[best]), *numbers])
+    write_whole(path, table.getvalue())
 
 
 def read_each(paths: list[str], size: int, fit: str) -> tuple[dict[str, np.ndarray], list[str]]:
@@ -187,6 +210,7 @@ def report_command(argv: list[str]) -> None:
 def compare_command(argv: list[str]) -> None:
     """main.py compare RUN RUN...: a table, a figure of the curves, and what the difference is worth."""
     from reporting.comparison import comparison, findings, print_columns, read_groups
+    from reporting.screen import off_screen
     from visualize import plot_history, save_figure
 
     parser = make_parser("main.py compare", "Compare runs, those that differ in the seed alone as one.")
@@ -196,7 +220,7 @@ def compare_command(argv: list[str]) -> None:
     groups = read_groups(args.runs)
     path = Path(args.output or Path(args.runs[0]).resolve().parent / "compare.png")
     histories = {name: [run.history for run in runs] for name, runs in groups.items()}
-    with bad_input_refused():
+    with bad_input_refused(), off_screen():
         save_figure(plot_history(histories), path)
     width = shutil.get_terminal_size().columns
     print_columns(comparison(groups), width)

@@ -17,6 +17,7 @@ from data import Loaders, dataset_of
 from files import write_whole
 from reporting.findings import calibration_section, classes_section, mistakes_section
 from reporting.lettering import font_note
+from reporting.screen import off_screen
 from reporting.sections import (
     data_section,
     finder_section,
@@ -80,7 +81,12 @@ def write_report(
     Returns:
         The path of report.md.
     """
-    folder = Path(folder)
+    with off_screen():
+        return write_files(Path(folder), model, loaders, predictions)
+
+
+def write_files(folder: Path, model: nn.Module, loaders: Loaders, predictions: Predictions) -> Path:
+    """The files of `write_report`."""
     run, machine, history = read_files(folder, "config.json", "environment.json", "history.json")
     config = asdict(run) | {"batch_size": dataset_of(loaders.train).batch_size}
     facts = json.loads((folder / "environment.json").read_bytes())
@@ -141,6 +147,26 @@ def answer(
     file = [plain(files[index])] if files else []
     answers = [plain(classes[k]) for k in (predictions.labels[index], predictions.predicted[index])]
     return [index, *file, *answers, f"{predictions.probabilities[index].max():.6f}"]
+
+
+def save_predictions(
+    predictions: Predictions,
+    path: str | Path,
+    classes: Sequence[str] = (),
+    files: Sequence[str] | None = None,
+) -> None:
+    """Write what was predicted as a CSV file: a row for each image, as in predictions.csv of a run.
+
+    Args:
+        classes: names; none: those that the predictions have, else numbers.
+        files: where each image came from.
+    """
+    names = classes or predictions.classes or [str(k) for k in range(predictions.probabilities.shape[1])]
+    table = io.StringIO()
+    writer = csv.writer(table, lineterminator="\n")
+    writer.writerow(["image", *(["file"] if files else []), "label", "predicted", "probability"])
+    writer.writerows(answer(k, predictions, names, files) for k in range(len(predictions.labels)))
+    write_whole(path, table.getvalue())
 
 
 def to_html(text: str, folder: Path) -> str:

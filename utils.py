@@ -13,7 +13,6 @@ import re
 import statistics
 import sys
 import unicodedata
-from collections import Counter, OrderedDict
 from collections.abc import Collection, Iterator
 from dataclasses import MISSING, asdict, dataclass, field, fields
 from importlib import metadata
@@ -25,6 +24,19 @@ import torch
 from torch import Tensor, nn
 
 from files import read_bytes, write_whole
+
+__all__ = [
+    "Calibration",
+    "Epoch",
+    "History",
+    "Predictions",
+    "Stats",
+    "environment",
+    "get_device",
+    "pick_precision",
+    "seed_everything",
+    "summarize",
+]
 
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -51,9 +63,8 @@ class Predictions:
     labels: np.ndarray
     images: np.ndarray | None = None  # none: they are not in colour, or were too many to keep
     classes: tuple[str, ...] = ()  # names; none: the loader has none
-    normalization: dict[str, tuple[float, ...]] = field(
-        default_factory=dict
-    )  # mean and std of the images
+    with_probabilities: bool = True  # without, those of the answers are 1, as they are not known
+    normalization: dict[str, tuple[float, ...]] = field(default_factory=dict)  # "mean" and "std"
 
     @property
     def predicted(self) -> np.ndarray:
@@ -177,8 +188,10 @@ class History:
     epochs: list[Epoch] = field(default_factory=list)
     lrs: list[float] = field(default_factory=list)
 
-    def save(self, folder: Path) -> None:
-        """Write history.json (everything) and history.csv (the rows)."""
+    def save(self, folder: str | Path) -> None:
+        """Write history.json (everything) and history.csv (the rows) into a folder, which is made."""
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
         write_whole(folder / "history.json", json.dumps(asdict(self), indent=1))
         table = io.StringIO()
         writer = csv.DictWriter(table, [item.name for item in fields(Epoch)], lineterminator="\n")
@@ -197,13 +210,13 @@ class History:
         return statistics.median(row.images_per_second for row in self.epochs)
 
     @classmethod
-    def load(cls, folder: Path) -> "History":
+    def load(cls, folder: str | Path) -> "History":
         """Read what `save` wrote.
 
         Raises:
             OSError, ValueError, KeyError, TypeError: there is none, or it is something else.
         """
-        stored = json.loads(read_bytes(folder / "history.json"))
+        stored = json.loads(read_bytes(Path(folder) / "history.json"))
         epochs = [Epoch(**row) for row in stored["epochs"]]
         for number, row in enumerate(epochs, 1):
             check_numbers(f"what epoch {number} measured", row.measured())
@@ -221,36 +234,6 @@ def check_numbers(name: str, values: list) -> None:
         type(value) is float or (type(value) is int and abs(value) < 2**63) for value in values
     ):
         raise ValueError(f"{name} must be numbers")
-
-
-def plain_state(value: Any, where: str) -> Any:
-    """A state with NumPy's numbers and arrays as Python's numbers and tensors; the rest must be plain.
-
-    Args:
-        where: the name of the value, for the message.
-
-    Raises:
-        ValueError: something in it could be written but not read back; its place is named.
-    """
-    if value is None or isinstance(value, torch.Tensor | torch.dtype | torch.device):
-        return value
-    if isinstance(value, np.generic):
-        return value.item()
-    if isinstance(value, np.ndarray) and value.dtype.kind in "biufc":  # numbers
-        return torch.from_numpy(value.copy())
-    if type(value) in (bool, int, float, complex, str, bytes):
-        return value
-    if type(value) in (list, tuple, set):
-        changed = [plain_state(item, f"{where}[{index}]") for index, item in enumerate(value)]
-        same = all(new is old for new, old in zip(changed, value, strict=True))
-        return value if same else type(value)(changed)
-    if isinstance(value, dict):
-        items = {
-            plain_state(key, where): plain_state(item, f"{where}.{key}") for key, item in value.items()
-        }
-        same = all(new is old for new, old in zip(items.values(), value.values(), strict=True))
-        return value if same and type(value) in (dict, OrderedDict, Counter) else items
-    raise ValueError(f"{where} is a {type(value).__name__}, which no checkpoint can hold: make it plain")
 
 
 def inner_model(model: nn.Module) -> nn.Module:
@@ -274,8 +257,7 @@ def get_device(name: str | torch.device = "auto") -> torch.device:
         device = torch.device(name)
         torch.empty(1, device=device).item()  # "meta" has none
     except (RuntimeError, AssertionError, TypeError):
-        name = str(name) if isinstance(name, torch.device) else name
-        raise ValueError(f"there is no device {name!r} here; choose cpu or auto") from None
+        raise ValueError(f"there is no device {str(name)!r} here; choose cpu or auto") from None
     return device
 
 
@@ -417,18 +399,22 @@ def seeded(seed: int, device: torch.device) -> Iterator[None]:
             generator.set_state(state)
 
 
-def summarize(model: nn.Module, image_size: int = 32) -> str:
+def summarize(model: nn.Module, image_size: int | tuple[int, ...] = 32) -> str:
     """Torchinfo's table of a network: kernels, shapes, parameters and multiply-adds for one image.
 
     Leaves mode, buffers and random state as they were.
+
+    Args:
+        image_size: side of a square image, pixels; or its shape (3, H, W), or (N, 3, H, W).
     """
     import torchinfo
 
+    shape = (3, image_size, image_size) if isinstance(image_size, int) else tuple(image_size)
     device = next(model.parameters()).device
     with random_state_kept(device):
         table = torchinfo.summary(
             model,
-            input_data=torch.zeros(1, 3, image_size, image_size, device=device),
+            input_data=torch.zeros(1, *shape[-3:], device=device),
             depth=5,  # down to each convolution of a residual block
             col_names=("kernel_size", "input_size", "output_size", "num_params", "mult_adds"),
             verbose=0,

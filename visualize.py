@@ -1,42 +1,61 @@
 """Draws figures from arrays, histories and, for Grad-CAM, a model; trains nothing and loads no data.
 
-Every function returns a matplotlib `Figure` that belongs to no window: show it by naming it in a
-notebook, keep it with `save_figure`.
+Every function returns a matplotlib `Figure`. A notebook shows it at the end of its cell, `plt.show()`
+anywhere, and `save_figure` keeps it. What shows pictures or answers takes them in each of the forms
+of `from_anything`, in reporting/collected.py, and in any order.
 """
 
 import io
-import itertools
 import textwrap
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import matplotlib
 import numpy as np
+import torch
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.lines import Line2D
-from matplotlib.patches import Patch
-from matplotlib.ticker import LogFormatter, PercentFormatter
+from matplotlib.ticker import PercentFormatter
 from torch import nn
 
 from files import write_whole
-from reporting.gradcam import cam_layers as cam_layers  # offered here, too
-from reporting.gradcam import check_layer, gradcam, overlay
+from reporting.augmented import each_step
+from reporting.collected import from_anything
+from reporting.curves import COLORS, plot_history, plot_lr_finder, plot_lr_history
+from reporting.gradcam import cam_layers, check_layer, gradcam, name_of_layer, overlay
 from reporting.lettering import STYLE, font_note, legible, literal, style, wrap
-from training.lr_finder import LRFinderResult, finite_losses, smooth
-from transforms import CIFAR10_MEAN, CIFAR10_STD, normalize
-from utils import History, Predictions, plain, share_interval, show_probability
+from reporting.screen import new_figure, styled
+from reporting.tiles import cam_grid, draw_cams, gallery, picture_rows
+from sources import load_split
+from training.loops import predict
+from transforms import CIFAR10_MEAN, CIFAR10_STD, normalize, train_transform
+from utils import Predictions, share_interval, show_probability
 
-# Okabe and Ito's colours, told apart with every kind of colour vision.
-COLORS = ("#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9")
-MARKS = ("o", "s", "^", "D", "v")  # five and six: thirty runs until colour and mark repeat together
-TRAINING: dict[str, Any] = {"linestyle": "--", "linewidth": 1, "alpha": 0.7}
-BAND: dict[str, Any] = {"alpha": 0.2, "linewidth": 0}
+__all__ = [
+    "cam_layers",
+    "class_accuracy",
+    "class_counts",
+    "gradcam",
+    "overlay",
+    "plot_augmentations",
+    "plot_class_accuracy",
+    "plot_confusion_matrix",
+    "plot_gradcam",
+    "plot_gradcam_layers",
+    "plot_history",
+    "plot_lr_finder",
+    "plot_lr_history",
+    "plot_misclassified",
+    "plot_reliability",
+    "plot_samples",
+    "plot_samples_by_class",
+    "save_figure",
+]
 MOST_NAMES = 200  # of classes beside a matrix: more could not be read
 CAM_NOTE = (
     "The layer's map has {} x {} places and is enlarged to the image. Colour is evidence for a class: "
-    "what a place adds to the class's score (logit). Both maps of a mistake have one scale, beside them."
+    "what a place adds to the class's score (logit). Both maps of an image have one scale, beside them."
 )
 NO_EVIDENCE = (
     "No evidence: at this layer nothing speaks for the class. What speaks against it is not drawn."
@@ -55,13 +74,14 @@ def save_figure(figure: Figure, path: str | Path) -> None:
     write_whole(path, content.getvalue())
 
 
+@from_anything
 def plot_samples(
     images: np.ndarray, labels: np.ndarray, classes: Sequence[str], count: int = 20, title: str = ""
 ) -> Figure:
-    """The first images with their class names.
+    """The first images with their class names; of a loader those of its next batch.
 
     Args:
-        images: uint8 (N, H, W, 3), as loaded or from `transforms.denormalize`.
+        images: uint8 (N, H, W, 3), or a loader in place of images and labels.
         labels: int (N,).
     """
     count = min(count, len(images))
@@ -69,13 +89,70 @@ def plot_samples(
     return gallery(images[:count], [names[label] for label in labels[:count]], title, font_note(classes))
 
 
+@from_anything
+def plot_samples_by_class(
+    images: np.ndarray, labels: np.ndarray, classes: Sequence[str], each: int = 8
+) -> Figure:
+    """The first images of each class, a class in each row, and how many it has.
+
+    Args:
+        images: uint8 (N, H, W, 3), or a loader or dataset in place of images and labels.
+        labels: int (N,).
+        each: images of a class at most.
+    """
+    counts = np.bincount(labels, minlength=len(classes))
+    rows = [images[np.flatnonzero(labels == k)[:each]] for k in range(len(classes))]
+    names = [f"{name} ({n:,})" for name, n in zip(legible(classes), counts, strict=True)]
+    title = f"{len(labels):,} images by class"
+    return picture_rows(rows, names, title=title, note=font_note(classes))
+
+
+@from_anything
+def class_counts(labels: np.ndarray, classes: Sequence[str]) -> dict[str, int]:
+    """How many images each class has.
+
+    Args:
+        labels: int (N,), or a loader or dataset.
+    """
+    counts = np.bincount(labels, minlength=len(classes))
+    return dict(zip(classes, counts.tolist(), strict=True))
+
+
+def plot_augmentations(
+    transform: Any = None, images: Any = None, count: int = 8, seed: int = 0
+) -> Figure:
+    """What each step of a pipeline does to some images: a step in each row, alone and always applied.
+
+    Args:
+        transform: an `A.Compose`; none: `train_transform()`.
+        images: uint8 (N, H, W, 3), or a loader or dataset, whose pictures are shown; none: those of
+            the sample in the repository.
+        count: images at most.
+        seed: of the random numbers.
+    """
+    if hasattr(images, "set_random_state") or hasattr(getattr(transform, "dataset", transform), "data"):
+        transform, images = images, transform
+    pictures = getattr(getattr(images, "dataset", images), "data", images)
+    pictures = load_split("cifar10-sample", "train").images if images is None else np.asarray(pictures)
+    pictures = pictures[:count]
+    steps = each_step(train_transform() if transform is None else transform, pictures, seed)
+    rows = {"as it is": list(pictures), **steps}
+    note = (
+        "Each step alone, as if its probability were 1; one that changes the size is done in the rows "
+        "below it, too. The last row is the whole pipeline."
+    )
+    return picture_rows(list(rows.values()), list(rows), title="What each augmentation does", note=note)
+
+
+@from_anything
 def plot_misclassified(
     images: np.ndarray, predictions: Predictions, classes: Sequence[str], count: int = 20
 ) -> Figure:
     """The most confident mistakes: true class, predicted class, its probability.
 
     Args:
-        images: uint8 (N, H, W, 3), in the order of `predictions`.
+        images: uint8 (N, H, W, 3), in the order of `predictions`; they may be left out where
+            `predict` kept them.
         count: how many at most; a model without mistakes gets a figure that says so.
     """
     check_match(predictions, classes, images)
@@ -83,9 +160,12 @@ def plot_misclassified(
     total, mistakes = len(predictions.labels), len(predictions.misclassified())
     names = legible(classes)
     titles = [mistake(predictions, index, names) for index in chosen]
-    title = (
-        f"{mistakes:,} of {total:,} misclassified ({mistakes / total:.1%}); the most confident mistakes"
-    )
+    share = f"{mistakes / total:.1%}" if total else "none"
+    title = f"{mistakes:,} of {total:,} misclassified ({share}); the most confident mistakes"
+    if not predictions.with_probabilities:
+        title = f"{mistakes:,} of {total:,} misclassified"
+    if total == mistakes:  # mistakes alone were collected
+        title = f"{mistakes:,} misclassified"
     return gallery(images[chosen], titles, title, font_note(classes))
 
 
@@ -107,161 +187,18 @@ def check_match(
 def mistake(predictions: Predictions, index: int, classes: Sequence[str]) -> str:
     """Title of one image: its number and truth, prediction and its probability, on two lines."""
     true, predicted = predictions.labels[index], predictions.predicted[index]
-    probability = show_probability(predictions.probabilities[index, predicted])
-    return f"#{index} {classes[true]}\n→ {classes[predicted]} {probability}"
+    probability = probability_of(predictions, index, predicted)
+    return f"#{index} {classes[true]}\n→ {classes[predicted]} {probability}".rstrip()
 
 
-def gallery(images: np.ndarray, titles: Sequence[str], title: str, note: str = "") -> Figure:
-    """Images in rows of five, or seven, each under its title; no images at all is a figure too.
-
-    At most 10 inches wide, so that no notebook shrinks the titles.
-
-    Args:
-        note: a sentence below them all.
-    """
-    columns, inches = (5, 1.65) if len(images) <= 20 else (7, 1.4)
-    rows = max(1, -(-len(images) // columns))
-    titles = [wrap(name, inches) for name in titles]
-    with matplotlib.rc_context(style("".join(titles))):
-        height = inches + 0.08 + 0.15 * max((1 + name.count("\n") for name in titles), default=0)
-        size = (inches * columns, height * rows + 0.4 * bool(title) + 0.4 * bool(note))
-        figure = Figure(figsize=size, layout="constrained")
-        figure.suptitle(title, fontsize=11)
-        figure.supxlabel(textwrap.fill(note, 100), fontsize=8)
-        cells = figure.subplots(rows, columns, squeeze=False).ravel()
-        for cell in cells:
-            cell.set_axis_off()
-        for cell, image, name in zip(cells, images, titles, strict=False):
-            cell.imshow(image)
-            cell.set_title(name, fontsize=9, pad=3)
-    return figure
+def probability_of(predictions: Predictions, index: int, answer: int) -> str:
+    """The probability of a class for an image, if it is known."""
+    if not predictions.with_probabilities:
+        return ""
+    return show_probability(predictions.probabilities[index, answer])
 
 
-def plot_history(histories: Mapping[str, History | Sequence[History]]) -> Figure:
-    """Loss and accuracy of one run or several, each with a colour and a mark of its own.
-
-    Solid lines are the test set, or the validation set where a run had one; thin dashed lines are
-    training. Of several runs under one name, all as long, the mean is drawn, and a band of one standard
-    deviation to each side of it.
-    """
-    if not histories or not all(history.epochs for history in histories.values()):
-        raise ValueError("there is a history without an epoch, or none: nothing can be drawn")
-    height = 3.9 + 0.24 * -(-(len(histories) + 1) // 2)
-    names = legible(list(histories), "run")
-    with matplotlib.rc_context(style("".join(names))):
-        figure = Figure(figsize=(10, height), layout="constrained")
-        axes = figure.subplots(1, 2)
-        looks = zip(itertools.cycle(COLORS), itertools.cycle(MARKS), strict=False)
-        for name, history, (color, mark) in zip(names, histories.values(), looks, strict=False):
-            runs = [history] if isinstance(history, History) else history
-            draw_curves(axes, name, runs, color, mark)
-        for axis, metric in zip(axes, ("loss", "accuracy"), strict=True):
-            axis.set(xlabel="epoch", title=metric.capitalize())
-            axis.xaxis.get_major_locator().set_params(integer=True)
-            keep_apart(axis, 0.002)
-        axes[1].yaxis.set_major_formatter(PercentFormatter(1.0))  # with as many decimals as ticks need
-        losses = np.concatenate([line.get_ydata() for line in axes[0].lines]).astype(float)
-        if np.nanmax(losses) > 10 * np.nanmedian(losses):  # one that diverged would flatten the others
-            axes[0].set(yscale="log", title="Loss (logarithmic)")
-            axes[0].yaxis.set_major_formatter(LogFormatter())
-            axes[0].yaxis.set_minor_formatter(LogFormatter(minor_thresholds=(2, 0.4)))
-        lines = [line for line in axes[1].lines if line.get_linestyle() == "-"]
-        label = "training" if len(lines) == 1 else "training, in the same colours"
-        training = Line2D([], [], label=label, color=COLORS[0] if len(lines) == 1 else "0.4", **TRAINING)
-        handles = [*lines, training]
-        if axes[1].collections:
-            band = "mean ± standard deviation of the runs"
-            handles.append(Patch(facecolor="0.4", label=band, **BAND))
-        figure.legend(handles=handles, loc="outside lower center", ncols=2)
-    return figure
-
-
-def keep_apart(axis: Axes, least: float) -> None:
-    """Make an axis at least so high, and as wide as an epoch, so that its ticks have different texts."""
-    (left, right), (low, high) = axis.get_xlim(), axis.get_ylim()
-    if right - left < 1:
-        middle = round((left + right) / 2)
-        axis.set(xlim=(middle - 1, middle + 1), xticks=[middle])
-    if high - low < least:
-        axis.set_ylim((low + high - least) / 2, (low + high + least) / 2)
-
-
-def draw_curves(axes: np.ndarray, name: str, runs: Sequence[History], color: str, mark: str) -> None:
-    """Loss and accuracy of a run, or the mean of several, on two axes; the label tells how both end."""
-    part = runs[0].epochs[0].parts[1]
-    epochs = [row.epoch for row in runs[0].epochs]
-    point = {"marker": mark if len(epochs) == 1 else "", "fillstyle": "none"}
-    for axis, metric in zip(axes, ("loss", "accuracy"), strict=True):
-        trained, evaluated = (
-            np.array([[getattr(row, f"{part}_{metric}") for row in run.epochs] for run in runs], float)
-            for part in ("train", part)
-        )
-        axis.plot(epochs, trained.mean(0), color=color, **TRAINING, **point)
-        style = {"color": color, "marker": mark, "markersize": 5, "linewidth": 2}
-        ends = f"{part} {evaluated[:, -1].mean():.2%}"
-        if len(runs) > 1:
-            mean, spread = evaluated.mean(0), evaluated.std(0, ddof=1)
-            low = np.maximum(mean - spread, 0)  # under which no loss or accuracy can be
-            axis.fill_between(epochs, low, mean + spread, color=color, **BAND)
-            ends = f"{ends.removesuffix('%')} ± {spread[-1]:.2%} ({len(runs)})"
-        label = f"{literal(name)}: {ends}, training {trained[:, -1].mean():.2%}"
-        axis.plot(epochs, evaluated.mean(0), "-", label=label, **style)
-
-
-def plot_lr_finder(result: LRFinderResult, rule: str | None = None) -> Figure:
-    """Loss against rate in a range test, with what each rule suggests; `rule` is drawn bold."""
-    losses = np.array(result.losses)
-    curve = smooth(finite_losses(result.losses))
-    title = f"Learning-rate range test, {len(losses)} steps"
-    with matplotlib.rc_context(STYLE):
-        figure = Figure(figsize=(9.5, 4), layout="constrained")
-        axis = figure.subplots()
-        if len(curve):
-            axis.plot(result.lrs, losses, color="0.6", linewidth=1.5, label="training loss")
-            axis.plot(result.lrs[: len(curve)], curve, color="0.2", linewidth=2, label="smoothed")
-            low, first = curve.min(), curve[0]
-            axis.set_ylim(low - 0.15 * (first - low), first + 0.5 * (first - low) + 0.1)
-        else:  # as of a run whose checkpoint alone knows its rates
-            title = "Learning-rate range test, whose losses are lost"
-        draw_suggestions(axis, result.suggestions, rule)
-        axis.set(xscale="log", xlabel="learning rate", ylabel="loss", title=title)
-        axis.legend(loc="center left", bbox_to_anchor=(1, 0.5), fontsize=9)
-    return figure
-
-
-def draw_suggestions(axis: Axes, suggestions: dict[str, float], rule: str | None) -> None:
-    """A line at each suggested rate; rules that suggest the same share one, so that none is hidden."""
-    rules: dict[float, list[str]] = {}
-    for name, rate in suggestions.items():
-        rules.setdefault(rate, []).append(name)
-    for (rate, names), color in zip(rules.items(), COLORS, strict=False):
-        words = [plain(name.replace("_", " ")) + " (used)" * (name == rule) for name in names]
-        label = literal(",\n".join(words) + f": {rate:.2e}")
-        used: dict[str, Any] = {"linestyle": "-", "linewidth": 2.5}
-        line = used if rule in names else {"linestyle": "--", "linewidth": 1.2}
-        axis.axvline(rate, color=color, label=label, **line)
-
-
-def plot_lr_history(lrs: Sequence[float], steps_per_epoch: int) -> Figure:
-    """The learning rate that each step used, drawn at the step's end."""
-    ends = (np.arange(len(lrs)) + 1) / steps_per_epoch
-    peak = int(np.argmax(lrs))
-    title = f"Learning rate: {lrs[0]:.2e}"
-    if min(lrs) == max(lrs):
-        title += " throughout"
-    elif 0 < peak < len(lrs) - 1:
-        title += f" → {lrs[peak]:.2e} at epoch {ends[peak]:.3g} → {lrs[-1]:.2e}"
-    else:
-        title += f" → {lrs[-1]:.2e}"
-    with matplotlib.rc_context(STYLE):
-        figure = Figure(figsize=(8, 3.4), layout="constrained")
-        axis = figure.subplots()
-        axis.plot(ends, lrs, color=COLORS[0], marker="o" if len(lrs) <= 20 else "", markersize=4)
-        axis.set(xlabel="epochs trained", ylabel="learning rate", ylim=(0, None), title=title)
-        axis.set_xlim(0, ends[-1] * 1.03)
-    return figure
-
-
+@from_anything
 def plot_reliability(predictions: Predictions) -> Figure:
     """How often answers are right, against the probability that the network gave them.
 
@@ -273,8 +210,8 @@ def plot_reliability(predictions: Predictions) -> Figure:
     share = calibration.right[filled_bins] / calibration.answers[filled_bins]
     limits = [share_interval(calibration.right[k], calibration.answers[k]) for k in filled_bins]
     bars = np.abs(np.transpose(limits) - share)
-    with matplotlib.rc_context(STYLE):
-        figure = Figure(figsize=(5.4, 5.4), layout="constrained")
+    with styled(STYLE):
+        figure = new_figure(figsize=(5.4, 5.4), layout="constrained")
         top, low = figure.subplots(2, 1, sharex=True, height_ratios=(3, 1))
         top.plot([0, 1], [0, 1], "--", color="0.5", linewidth=1, label="as often right as it says")
         marks: dict[str, Any] = {"color": COLORS[0], "fmt": "o", "markersize": 5, "capsize": 2}
@@ -291,6 +228,48 @@ def plot_reliability(predictions: Predictions) -> Figure:
     return figure
 
 
+@from_anything
+def class_accuracy(predictions: Predictions, classes: Sequence[str]) -> dict[str, float]:
+    """The share of each class's images that are found, from 0 to 1; NaN where it has no image."""
+    right = predictions.predicted == predictions.labels
+    hits, counts = (
+        np.bincount(labels, minlength=len(classes))
+        for labels in (predictions.labels[right], predictions.labels)
+    )
+    shares = np.where(counts > 0, hits / np.maximum(counts, 1), np.nan)
+    return dict(zip(classes, shares.tolist(), strict=True))
+
+
+@from_anything
+def plot_class_accuracy(predictions: Predictions, classes: Sequence[str]) -> Figure:
+    """The share of each class's images that are found, with 95 % intervals (Wilson)."""
+    shares = list(class_accuracy(predictions, classes).values())
+    counts = np.bincount(predictions.labels, minlength=len(classes))
+    judged = np.flatnonzero(counts)
+    limits = [share_interval(round(shares[k] * counts[k]), counts[k]) for k in judged]
+    bars = np.abs(np.transpose(limits) - np.array(shares)[judged])
+    names = [f"{name} ({n:,})" for name, n in zip(legible(classes), counts, strict=True)]
+    with styled(style("".join(names))):
+        figure = new_figure(figsize=(7, min(1.2 + 0.28 * len(names), 40)), layout="constrained")
+        axis = figure.subplots()
+        axis.barh(judged, np.array(shares)[judged], color=COLORS[0], xerr=bars, capsize=2, ecolor="0.3")
+        axis.axvline(predictions.accuracy, color="0.3", linestyle="--", linewidth=1, label="all images")
+        if len(names) <= MOST_NAMES:
+            axis.set_yticks(range(len(names)), [literal(name) for name in names])
+        axis.set(
+            xlim=(0, 1),
+            ylim=(len(names) - 0.4, -0.6),
+            xlabel="share of the class's images that are found",
+        )
+        whole = f"the dashed line is that of all images, {predictions.accuracy:.2%}"
+        axis.set_title(f"Accuracy of each class, with 95% intervals;\n{whole}")
+        axis.xaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
+        axis.grid(axis="y", visible=False)
+        figure.supxlabel(textwrap.fill(font_note(classes), 80), fontsize=8)
+    return figure
+
+
+@from_anything
 def plot_confusion_matrix(predictions: Predictions, classes: Sequence[str]) -> Figure:
     """Counts of true class (rows) against predicted class (columns), coloured by share of the row.
 
@@ -306,8 +285,8 @@ def plot_confusion_matrix(predictions: Predictions, classes: Sequence[str]) -> F
     side = max(5.0, (0.62 if few else 0.17) * len(classes) + 1.4)
     side = side if len(classes) <= MOST_NAMES else 12.0
     names = legible(classes)
-    with matplotlib.rc_context(style("".join(names)) | {"axes.grid": False}):
-        figure = Figure(figsize=(side + 0.8, side), layout="constrained")
+    with styled(style("".join(names)) | {"axes.grid": False}):
+        figure = new_figure(figsize=(side + 0.8, side), layout="constrained")
         axis = figure.subplots()
         image = axis.imshow(counts / np.maximum(totals, 1)[:, None], cmap="Blues", vmin=0, vmax=1)
         if few:
@@ -354,100 +333,116 @@ def name_classes(axis: Axes, names: Sequence[str], totals: np.ndarray) -> None:
     axis.set_yticks(range(len(names)), rows, **letters)
 
 
-def plot_gradcam(
+@from_anything
+def plot_gradcam(  # noqa: PLR0913
     model: nn.Module,
     images: np.ndarray,
     predictions: Predictions,
     classes: Sequence[str],
-    *,
-    layer: str,
+    layer: Any = None,
     count: int = 10,
+    *,
+    right: bool = False,
     mean: tuple[float, ...] = CIFAR10_MEAN,
     std: tuple[float, ...] = CIFAR10_STD,
 ) -> Figure:
     """The most confident mistakes, and Grad-CAM against the correct and the predicted class.
 
     Args:
-        images: uint8 (N, H, W, 3), in the order of `predictions`.
+        images: uint8 (N, H, W, 3), in the order of `predictions`; they may be left out where
+            `predict` kept them.
         layer: as in `gradcam`.
         count: how many mistakes at most.
+        right: show the surest right answers instead, and beside each the class that comes second.
         mean, std: the normalisation that the model was trained with.
     """
-    check_match(predictions, classes, images)
-    chosen = predictions.misclassified(count)
+    layer = name_of_layer(model, layer, images.shape[2])
     places = check_layer(model, layer, images.shape[2])
+    chosen = right_answers(predictions, count) if right else predictions.misclassified(count)
     if not len(chosen):
-        return gallery(images[chosen], [], "nothing is misclassified: there is no mistake to explain")
+        what = (
+            "no answer is right" if right else "nothing is misclassified: there is no mistake to explain"
+        )
+        return gallery(images[chosen], [], what)
     inputs = normalize(images[chosen], mean, std)
-    answers = predictions.labels[chosen], predictions.predicted[chosen]
-    pairs = [gradcam(model, inputs, layer, targets) for targets in answers]
+    some = Predictions(predictions.probabilities[chosen], predictions.labels[chosen])
+    if not predictions.with_probabilities and right:
+        device = next(model.parameters()).device
+        some = predict(model, device, [(inputs, torch.from_numpy(some.labels))], precision="fp32")
+    elif not predictions.with_probabilities:
+        some = replace(some, with_probabilities=False)
+    pair = {"true": some.labels, "predicted": some.predicted}
+    if right:
+        pair = {"right": some.labels, "second": second_answers(some)}
+    maps = [gradcam(model, inputs, layer, targets) for targets in pair.values()]
     names = legible(classes)
     titles = [
-        [f"#{index}", *(cam_title(predictions, index, names, kind) for kind in ("true", "predicted"))]
-        for index in chosen
+        [f"#{number}", *(cam_title(some, k, names, kind, pair[kind][k]) for kind in pair)]
+        for k, number in enumerate(chosen)
     ]
     notes = [CAM_NOTE.format(*places)]
-    if not all(heat.any() for maps in pairs for heat in maps):
+    if not all(heat.any() for one in maps for heat in one):
         notes.append(NO_EVIDENCE)
-    head = f"Grad-CAM at {layer}: image, evidence for the true and for the predicted class"
-    with matplotlib.rc_context(style("".join(names))):
+    head = f"Grad-CAM at {layer}: image, evidence for the {' and for the '.join(pair)} class"
+    with styled(style("".join(names))):
         figure, cells = cam_grid(head, titles, [*notes, font_note(classes)])
-        for row, index, *maps in zip(cells, chosen, *pairs, strict=True):
-            draw_cams(row, images[index], maps)
+        for row, index, *heats in zip(cells, chosen, *maps, strict=True):
+            draw_cams(row, images[index], heats)
     return figure
 
 
-def cam_title(predictions: Predictions, index: int, names: Sequence[str], kind: str) -> str:
-    """The true or the predicted class of an image, and its probability, on lines of their own."""
-    answer = (predictions.labels if kind == "true" else predictions.predicted)[index]
-    probability = show_probability(predictions.probabilities[index, answer])
-    return wrap(f"{kind}\n{names[answer]}\n{probability}", 1.2)
+def right_answers(predictions: Predictions, count: int) -> np.ndarray:
+    """Indices of right answers, the surest first, a class after the other."""
+    right = np.flatnonzero(predictions.predicted == predictions.labels)
+    right = right[np.argsort(-predictions.probabilities[right].max(1), kind="stable")]
+    labels = predictions.labels[right]
+    rank = np.array([(labels[:k] == label).sum() for k, label in enumerate(labels)], int)
+    return right[np.argsort(rank, kind="stable")][:count]
 
 
-def cam_grid(head: str, titles: list[list[str]], notes: list[str]) -> tuple[Figure, list[list[Axes]]]:
-    """Two mistakes a row, each of three tiles and a bar, in inches: all tiles are equally large."""
-    tile, bar, gap = 1.22, 0.1, 0.08
-    heading = 0.14 * max(title.count("\n") + 1 for trio in titles for title in trio) + 0.14
-    lines = [line for note in notes for line in textwrap.wrap(note, 140)]
-    rows, foot = -(-len(titles) // 2), 0.16 * len(lines) + 0.12
-    width, height = 9.5, rows * (tile + heading) + 0.3 + foot
-    figure = Figure(figsize=(width, height))
-    figure.suptitle(head, fontsize=11, y=1 - 0.08 / height, va="top")
-    figure.text(0.1 / width, 0.06 / height, "\n".join(lines), fontsize=8, va="bottom", linespacing=1.3)
-    cells = []
-    for place, trio in enumerate(titles):
-        left = 0.1 + (place % 2) * width / 2
-        low = height - 0.3 - (place // 2 + 1) * (tile + heading)
-        lefts = [left + k * (tile + gap) for k in range(4)]
-        boxes = [(x, low, tile if k < 3 else bar, tile) for k, x in enumerate(lefts)]
-        row = [figure.add_axes((x / width, y / height, w / width, h / height)) for x, y, w, h in boxes]
-        for cell, title in zip(row, trio, strict=False):
-            cell.set_title(title, fontsize=8.5, pad=3)
-        cells.append(row)
-    return figure, cells
+def second_answers(predictions: Predictions) -> np.ndarray:
+    """Of each image the most probable class that is not its own."""
+    others = predictions.probabilities.copy()
+    others[np.arange(len(others)), predictions.labels] = -1
+    return others.argmax(1)
 
 
-def draw_cams(cells: Sequence[Axes], image: np.ndarray, maps: Sequence[np.ndarray]) -> None:
-    """One mistake: the image, and in grey under the map of each of two classes, with their scale."""
-    top = float(max(heat.max() for heat in maps))
-    for cell, picture in zip(
-        cells, [image, *(overlay(image, heat, top=top) for heat in maps)], strict=False
-    ):
-        cell.imshow(picture)
-        cell.set_axis_off()
-    for cell, heat in zip(cells[1:], maps, strict=False):
-        if not heat.any():
-            box = {"facecolor": "white", "alpha": 0.85, "edgecolor": "none", "pad": 2}
-            cell.text(
-                0.5, 0.5, "no evidence", transform=cell.transAxes, ha="center", fontsize=8.5, bbox=box
-            )
-    bar = cells[3]
-    if not top:
-        bar.set_axis_off()
-        return
-    ramp = np.linspace(1, 0, 64, dtype=np.float32)[:, None]
-    bar.imshow(overlay(np.full((64, 1, 3), 128, np.uint8), ramp), aspect="auto", extent=(0, 1, 0, top))
-    bar.yaxis.tick_right()
-    bar.set_yticks([0, top], ["0", f"{top:.2g}"], fontsize=8)
-    bar.set_xticks([])
-    bar.grid(False)
+def cam_title(predictions: Predictions, index: int, names: Sequence[str], kind: str, answer: int) -> str:
+    """A class of an image, why it is shown, and its probability."""
+    return wrap(f"{kind}\n{names[answer]}\n{probability_of(predictions, index, answer)}".rstrip(), 1.2)
+
+
+@from_anything
+def plot_gradcam_layers(  # noqa: PLR0913
+    model: nn.Module,
+    images: np.ndarray,
+    predictions: Predictions,
+    classes: Sequence[str],
+    layers: Sequence[Any] | None = None,
+    count: int = 5,
+    *,
+    right: bool = False,
+    mean: tuple[float, ...] = CIFAR10_MEAN,
+    std: tuple[float, ...] = CIFAR10_STD,
+) -> Figure:
+    """Grad-CAM of the answers at several layers side by side, for the most confident mistakes.
+
+    Args:
+        layers: as in `gradcam`; none: every stage whose maps are large enough.
+        right: show the surest right answers instead.
+        images, predictions, count, mean, std: as in `plot_gradcam`.
+    """
+    chosen = right_answers(predictions, count) if right else predictions.misclassified(count)
+    layers = [name_of_layer(model, layer) for layer in layers or cam_layers(model, images.shape[2])]
+    inputs, answers = normalize(images[chosen], mean, std), predictions.predicted[chosen]
+    maps = {layer: gradcam(model, inputs, layer, answers) for layer in layers}
+    rows = [
+        [images[index], *(overlay(images[index], heat[k]) for heat in maps.values())]
+        for k, index in enumerate(chosen)
+    ]
+    names = [mistake(predictions, index, legible(classes)) for index in chosen]
+    note = (
+        "Evidence for the class that is answered. Each map has a scale of its own: their units differ."
+    )
+    title = "Grad-CAM at several layers" if rows else "there is no answer of this kind to explain"
+    return picture_rows(rows, names, ["image", *layers], title=title, note=note)

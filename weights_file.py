@@ -5,11 +5,13 @@ import itertools
 import json
 import math
 import re
+from collections import Counter, OrderedDict
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
 
+import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save
@@ -17,7 +19,7 @@ from torch import Tensor, nn
 
 from files import reason, write_whole
 from models import MODELS, make_model
-from utils import check_numbers, inner_model, nearest, plain_state
+from utils import check_numbers, inner_model, nearest
 
 DEFAULT_WEIGHTS = "custom_resnet"  # the weights that a command takes if none are named
 SHIPPED = Path(__file__).parent / "weights"
@@ -28,6 +30,36 @@ BARE = (".pth", ".pt", ".ckpt", ".bin", ".tar", ".th")
 HOLDERS = ("state_dict", "model_state_dict", "model", "net", "network", "weights")
 # What others call the parts of a network that have another name here.
 PARTS = {"downsample": "shortcut", "fc": "linear", "classifier": "linear", "head": "linear"}
+
+
+def plain_state(value: Any, where: str) -> Any:
+    """A state with NumPy's numbers and arrays as Python's numbers and tensors; the rest must be plain.
+
+    Args:
+        where: the name of the value, for the message.
+
+    Raises:
+        ValueError: something in it could be written but not read back; its place is named.
+    """
+    if value is None or isinstance(value, torch.Tensor | torch.dtype | torch.device):
+        return value
+    if isinstance(value, np.generic):
+        return value.item()
+    if isinstance(value, np.ndarray) and value.dtype.kind in "biufc":  # numbers
+        return torch.from_numpy(value.copy())
+    if type(value) in (bool, int, float, complex, str, bytes):
+        return value
+    if type(value) in (list, tuple, set):
+        changed = [plain_state(item, f"{where}[{index}]") for index, item in enumerate(value)]
+        same = all(new is old for new, old in zip(changed, value, strict=True))
+        return value if same else type(value)(changed)
+    if isinstance(value, dict):
+        items = {
+            plain_state(key, where): plain_state(item, f"{where}.{key}") for key, item in value.items()
+        }
+        same = all(new is old for new, old in zip(items.values(), value.values(), strict=True))
+        return value if same and type(value) in (dict, OrderedDict, Counter) else items
+    raise ValueError(f"{where} is a {type(value).__name__}, which no checkpoint can hold: make it plain")
 
 
 def save_weights(path: str | Path, model: nn.Module, card: dict) -> None:

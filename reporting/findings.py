@@ -198,7 +198,8 @@ def mistakes_section(
         "are:",
         markdown_table(["a, b", "a taken for b", "b taken for a", "of all mistakes"], pairs),
         "Shown are the mistakes with the highest probability, each with its number, the true class, the "
-        "predicted one and its probability. All are in [mistakes.csv](mistakes.csv).",
+        "predicted one and its probability. All are in [mistakes.csv](mistakes.csv), the answers to all "
+        "images in [predictions.csv](predictions.csv).",
         figure("misclassified", "The mistakes with the highest probability"),
         numbers(config, wrong[:20], files),
         *cams_part(layers),

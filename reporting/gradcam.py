@@ -34,6 +34,42 @@ def large_stages(shapes: dict[str, tuple[int, ...]]) -> dict[str, int]:
     return {name: side for name, side in sides.items() if name.count(".") == outermost}
 
 
+def name_of_layer(model: nn.Module, layer: Any, image_size: int = 32) -> str:
+    """The name of a layer, from its name, the end of it, the module itself, or a list of one of these.
+
+    None is the last stage whose maps are large enough for an image of `image_size` pixels.
+
+    A name that the model lacks is returned as it is.
+
+    Raises:
+        ValueError: the module is none of the model's, or there are several, or none can be used.
+    """
+    if layer is None:
+        stages = cam_layers(model, image_size)
+        if not stages:
+            raise ValueError(
+                "no stage of this model has maps of 5 x 5 or more: name a layer inside of it"
+            )
+        return list(stages)[-1]
+    if isinstance(layer, list | tuple):
+        if len(layer) != 1:
+            raise ValueError(
+                f"Grad-CAM is of one layer, not {len(layer)}: plot_gradcam_layers shows several"
+            )
+        layer = layer[0]
+    names = {name: module for name, module in inner_model(model).named_modules() if name}
+    if isinstance(layer, nn.Module):
+        for name, module in names.items():
+            if module is layer:
+                return name
+        raise ValueError(
+            f"the layer, a {type(layer).__name__}, is no part of this model: take it from the model "
+            f"itself, or give a name, such as {next(iter(names), 'none')}"
+        )
+    ends = [name for name in names if name.endswith(f".{layer}")]
+    return ends[0] if layer not in names and len(ends) == 1 else layer
+
+
 def map_shapes(model: nn.Module, image_size: int) -> dict[str, tuple[int, ...]]:
     """Output shape (1, C, H, W) of every named layer that makes a map, for one image."""
     model = inner_copy(model).eval()
@@ -69,7 +105,7 @@ def inner_copy(model: nn.Module) -> nn.Module:
 
 
 def gradcam(
-    model: nn.Module, images: Tensor, layer: str, targets: Sequence[int] | np.ndarray
+    model: nn.Module, images: Tensor, layer: Any, targets: Sequence[int] | np.ndarray
 ) -> np.ndarray:
     """Grad-CAM (Selvaraju et al., arXiv:1610.02391): where a layer sees evidence for a class.
 
@@ -79,8 +115,9 @@ def gradcam(
     is used, so that mode, gradients and hooks of the model itself stay as they are.
 
     Args:
-        images: normalised float (N, 3, H, W).
-        layer: name of a layer as in `model.named_modules()`, such as "layer2" or "layer2.0.conv1".
+        images: normalised float (N, 3, H, W); or one of them.
+        layer: name of a layer as in `model.named_modules()`, such as "layer2" or "layer2.0.conv1"; or
+            the layer itself, such as `model.layer2`, or a list of it; None: the last that can be used.
         targets: the class to explain for each image, (N,).
 
     Returns:
@@ -93,8 +130,10 @@ def gradcam(
     from pytorch_grad_cam import GradCAM  # two seconds of imports
     from pytorch_grad_cam.utils.model_targets import ClassifierOutputTarget
 
+    images = check_images(images)
+    layer = name_of_layer(model, layer, images.shape[-1])
     check_layer(model, layer, images.shape[-1])
-    images, targets = torch.as_tensor(images), [operator.index(target) for target in targets]
+    targets = [operator.index(target) for target in np.atleast_1d(targets)]
     if len(targets) != len(images):
         raise ValueError(f"{len(targets)} targets for {len(images)} images")
     if not targets:
@@ -116,6 +155,24 @@ def gradcam(
         maps = cam.get_cam_image(images, module, wanted, *(x.float().cpu().numpy() for x in values))
     side = images.shape[:1:-1]
     return np.stack([cv2.resize(one, side) for one in np.maximum(maps, 0).astype(np.float32)])
+
+
+def check_images(images: Any) -> Tensor:
+    """Images as a batch (N, 3, H, W).
+
+    Raises:
+        ValueError: they are pictures, or something else.
+    """
+    images = images if isinstance(images, Tensor) else torch.as_tensor(np.asarray(images))
+    images = images[None] if images.dim() == 3 else images
+    if not images.is_floating_point():
+        raise ValueError(
+            f"Grad-CAM takes what the network takes, not {images.dtype} pictures: give "
+            "normalize(images), from transforms"
+        )
+    if images.dim() != 4:
+        raise ValueError(f"images must be (N, 3, H, W), not {tuple(images.shape)}")
+    return images
 
 
 def check_layer(model: nn.Module, layer: str, image_size: int) -> tuple[int, int]:

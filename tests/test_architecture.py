@@ -34,12 +34,17 @@ FLOORS = {
 ROOMS = {
     "augmentation": {"batch": 0, "spelling": 0, "__init__": 1},
     "reporting": {
+        "augmented": 0,
+        "collected": 0,
         "gradcam": 0,
         "lettering": 0,
         "evidence": 0,
         "findings": 0,
         "comparison": 1,
+        "screen": 0,
         "markup": 1,
+        "curves": 1,
+        "tiles": 1,
         "sections": 1,
         "__init__": 2,
     },

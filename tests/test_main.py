@@ -1,4 +1,5 @@
 import copy
+import csv
 import errno
 import io
 import itertools
@@ -690,6 +691,32 @@ def test_saved_weights_test_as_they_are(finished, name, capsys):
         f"test loss {stats.loss:.4f}, accuracy {stats.accuracy:.2%} of 1,000 images, in fp32" in printed
     )
     assert card["classes"] == list(cifar10.CLASSES)
+
+
+def test_predict_writes_every_probability_into_a_csv_file(finished, tmp_path, sample):
+    for k in range(2):
+        Image.fromarray(sample.images[k]).save(tmp_path / f"{k}.png")
+    files = [str(tmp_path / f"{k}.png") for k in range(2)]
+    assert main.main(["predict", str(finished), *files, "--csv", str(tmp_path / "p.csv")]) == 0
+    with (tmp_path / "p.csv").open() as lines:
+        rows = list(csv.DictReader(lines))
+    assert [row["file"] for row in rows] == files and len(rows[0]) == 13
+    for row in rows:
+        numbers = {name: float(row[name]) for name in cifar10.CLASSES}
+        assert sum(numbers.values()) == pytest.approx(1, abs=1e-4)
+        assert numbers[row["predicted"]] == max(numbers.values()) == float(row["probability"])
+    assert main.main(["predict", str(finished), *files, "--csv", str(tmp_path / "no" / "p.csv")]) == 2
+
+
+def test_every_answer_to_a_test_image_is_in_the_folder_of_a_run(finished):
+    with (finished / "predictions.csv").open() as lines:
+        rows = list(csv.DictReader(lines))
+    with (finished / "mistakes.csv").open() as lines:
+        mistakes = list(csv.DictReader(lines))
+    assert [int(row["image"]) for row in rows] == list(range(len(rows)))
+    wrong = sum(row["label"] != row["predicted"] for row in rows)
+    last = utils.History.load(finished).epochs[-1]
+    assert wrong == len(mistakes) == round((1 - last.test_accuracy) * len(rows))
 
 
 def test_predict_names_the_most_probable_classes(finished, tmp_path, sample, capsys):

@@ -18,8 +18,14 @@ SPELLINGS = {
     **dict.fromkeys(("loss_fn", "loss_func", "loss_function"), "criterion"),
     **dict.fromkeys(("lr_scheduler", "sched"), "scheduler"),
     **dict.fromkeys(("num_iter", "num_iters", "iterations"), "steps"),
-    **dict.fromkeys(("data_loader", "dataloader"), "loader"),
+    **dict.fromkeys(("data_loader", "dataloader", "test_loader", "testloader"), "loader"),
     **dict.fromkeys(("net", "network"), "model"),
+    **dict.fromkeys(("num_images", "num_samples", "number_of_samples", "no_samples", "n"), "count"),
+    **dict.fromkeys(("class_names", "class_labels"), "classes"),
+    **dict.fromkeys(("target_layers", "target_layer", "layers"), "layer"),
+    **dict.fromkeys(("preds", "pred", "y_pred"), "predicted"),
+    **dict.fromkeys(("targets", "y_true"), "labels"),
+    **dict.fromkeys(("inv_normalize", "normalize"), "normalization"),
 }
 
 
