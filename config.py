@@ -6,8 +6,10 @@ import math
 import shlex
 import typing
 from dataclasses import Field, asdict, dataclass, field, fields
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any, NoReturn
+
+import torch
 
 from files import read_bytes
 from models import MODELS
@@ -157,6 +159,9 @@ class Config:
     max_test_batches: int | None = setting(None, "test batches per evaluation, for a smoke run", low=1)
 
     def __post_init__(self) -> None:
+        for name in ("data", "output", "mirror", "device"):  # a Path or a torch.device is its text
+            if isinstance(getattr(self, name), PurePath | torch.device):
+                object.__setattr__(self, name, str(getattr(self, name)))
         if self.flip is None:
             object.__setattr__(self, "flip", self.dataset != "svhn")
         if self.batch_size is None and self.dataset != "folder":  # of a folder, once it is counted

@@ -24,6 +24,19 @@ from sources import load_split
 from sources.split import Split, statistics, stratified_split
 from transforms import CIFAR10_MEAN, CIFAR10_STD, evaluation_transform, train_transform, vectorize
 
+__all__ = [
+    "BatchLoader",
+    "Batches",
+    "Loaders",
+    "Samples",
+    "Split",
+    "load_split",
+    "make_loader",
+    "make_loaders",
+    "statistics",
+    "stratified_split",
+]
+
 
 class BatchLoader(Protocol):
     """A `DataLoader`, a list of batches, or whatever else can be passed over again and has a length.

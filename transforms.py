@@ -128,8 +128,9 @@ def evaluation_transform(compose: Any, images: np.ndarray) -> A.Compose:
             type than any evaluation could; the message says what to do.
     """
     if not isinstance(compose, A.Compose):
+        owner = "torchvision's " if type(compose).__module__.startswith("torchvision") else ""
         raise ValueError(
-            f"the transform must be an A.Compose, not {type(compose).__name__}: "
+            f"the transform must be an A.Compose, not {owner}{type(compose).__name__}: "
             "give A.Compose([..., A.Normalize(mean, std), ToTensorV2()])"
         )
     check_arguments(compose)
@@ -217,7 +218,9 @@ def normalize(
 def denormalize(
     images: Tensor, mean: tuple[float, ...] = CIFAR10_MEAN, std: tuple[float, ...] = CIFAR10_STD
 ) -> np.ndarray:
-    """Undo the normalisation, for figures: float (N, C, H, W) -> uint8 (N, H, W, C)."""
+    """Undo the normalisation, for figures: float (N, C, H, W) -> uint8 (N, H, W, C), or of one image."""
+    if images.dim() == 3:
+        return denormalize(images[None], mean, std)[0]
     pixels = images.detach().cpu().float().permute(0, 2, 3, 1)
     pixels = (pixels * torch.tensor(std) + torch.tensor(mean)).mul(255).round().clamp(0, 255)
     return pixels.byte().numpy()

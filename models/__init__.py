@@ -21,13 +21,15 @@ def make_model(name: str, num_classes: int = 10, **options: Any) -> nn.Module:
     """Build a network by name, with freshly drawn weights.
 
     Args:
-        name: a key of `MODELS`.
+        name: a key of `MODELS`, or the name of its class.
         num_classes: K, the number of logits.
         options: passed on to the network, such as `width=16`.
 
     Raises:
         ValueError: no network has that name.
     """
+    same = {key.replace("_", ""): key for key in MODELS}
+    name = same.get(name.lower().replace("_", ""), name)
     if name not in MODELS:
         raise ValueError(f"unknown model {name!r}; choose from {', '.join(MODELS)}")
     return MODELS[name](num_classes=num_classes, **options)

@@ -33,6 +33,7 @@ from utils import (
     random_state_kept,
 )
 
+UNTRAINED = "if the network is trained already, make it anew for this test"
 RULES = ("steepest", "valley", "minimum_over_ten", "minimum")
 
 
@@ -175,15 +176,14 @@ def suggest_lrs(lrs: list[float], losses: list[float]) -> dict[str, float]:
     if len(finite) < 17:
         raise ValueError(
             f"the range test has {len(finite)} finite losses and needs 17: "
-            f"it went from {lrs[0]:.2g} to {lrs[-1]:.2g} in {len(lrs)} steps"
+            f"it went from {lrs[0]:.2g} to {lrs[-1]:.2g} in {len(lrs)} steps; {UNTRAINED}"
         )
     rates, curve = np.array(lrs[: len(finite)]), smooth(finite)
     lowest = int(curve.argmin())
     if curve[0] - curve[lowest] < 0.01 * curve[0]:
         raise ValueError(
             f"the loss of the range test never fell: {curve[0]:.3g} at a rate of {rates[0]:.2g}, "
-            f"at best {curve[lowest]:.3g}; if the network is trained already, make it anew for this "
-            "test; else give a rate, or look at the data"
+            f"at best {curve[lowest]:.3g}; {UNTRAINED}; else give a rate, or look at the data"
         )
     still_falling = len(finite) == len(losses) and lowest >= len(curve) - 3
     # What comes after the minimum is divergence: no rule looks there.

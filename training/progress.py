@@ -95,8 +95,11 @@ def make_row(epoch_state: EpochState, stats: dict[str, Stats], seconds: float) -
     )
 
 
-def print_row(row: Epoch, epochs: int, header: bool, left: float) -> None:
-    """One line of the training table, after its head if `header`; `left` seconds are still to go."""
+def print_row(row: Epoch, epochs: int, header: bool, left: float | None) -> None:
+    """One line of the training table, after its head if `header`; `left` seconds are still to go.
+
+    Without them it is a row of a run that is continued.
+    """
     stats = row.stats()
     if header:
         heads = "".join(f"{part + ' loss':>12}{'acc':>8}" for part in row.parts)
@@ -105,7 +108,8 @@ def print_row(row: Epoch, epochs: int, header: bool, left: float) -> None:
         f"{stats[part].loss:>12.4f}{stats[part].accuracy:>8.2%}" if part in stats else f"{'':>20}"
         for part in row.parts
     ]
-    times = f"{row.seconds:>9.1f}{row.images_per_second:>10,.0f}{clock(left):>9}"
+    rest = "" if left is None else f"{clock(left):>9}"
+    times = f"{row.seconds:>9.1f}{row.images_per_second:>10,.0f}{rest}"
     print(f"{f'{row.epoch}/{epochs}':>7}{row.lr:>11.3g}{''.join(cells)}{times}", flush=True)
 
 
@@ -164,18 +168,19 @@ def training_log(
 ) -> Iterator[Callable[[Epoch, bool], None]]:
     """A function that shows a row of the history and, if its second argument is true, writes events.
 
+    The rows that a continued run has already come first.
+
     The TensorBoard events of a run folder are a view of the history, and are written anew when a run is
     continued: what a killed run left may lack some or have more. Neither they nor a print can end a
     training: the first failure of the events is told, and they are left alone from then on.
     """
     writer: SummaryWriter | None = None
-    rows, written, broken = 0, 0, False
+    written, broken = 0, False
 
     def show(row: Epoch, write: bool = True) -> None:
-        nonlocal writer, rows, written, broken
+        nonlocal writer, written, broken
         left = statistics.median(x.seconds for x in history.epochs) * (epochs - row.epoch)
-        print_row(row, epochs, not rows, left)
-        rows += 1
+        print_row(row, epochs, len(history.epochs) == 1, left)
         if broken or folder is None or not write:
             return
         try:
@@ -188,6 +193,8 @@ def training_log(
             broken = True
 
     with unfailing_output():
+        for row in history.epochs:
+            print_row(row, epochs, row is history.epochs[0], None)
         try:
             yield show
         finally:
