@@ -356,6 +356,7 @@ def plot_gradcam(  # noqa: PLR0913
         right: show the surest right answers instead, and beside each the class that comes second.
         mean, std: the normalisation that the model was trained with.
     """
+    check_match(predictions, classes, images)
     layer = name_of_layer(model, layer, images.shape[2])
     places = check_layer(model, layer, images.shape[2])
     chosen = right_answers(predictions, count) if right else predictions.misclassified(count)
