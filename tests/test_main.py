@@ -140,14 +140,56 @@ def test_a_compiled_network_trains_to_the_same_weights(loaders, monkeypatch):
     plain, _ = fit(loaders)
     calls, compiler = [], torch.compile
 
-    def without_code_generation(model):
+    def without_code_generation(model, mode, dynamic):
         calls.append(model)
-        return compiler(model, backend="eager")
+        return compiler(model, backend="eager", dynamic=dynamic)
 
     monkeypatch.setattr(torch, "compile", without_code_generation)
     compiled, _ = fit(loaders, compile=True)
     assert calls == [compiled] * 2  # once an epoch, to train with; evaluation runs as it is
     assert torch.equal(weights(plain), weights(compiled))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["custom_resnet", "resnet18"])
+def test_a_network_is_one_graph_in_training_and_another_for_a_smaller_last_batch(name, monkeypatch):
+    graphs, compiler = [], torch.compile
+
+    def kept(graph, inputs):
+        graphs.append([type(x) for x in inputs])
+        return graph.forward
+
+    def whole(model, mode, dynamic):  # fullgraph: an error where Python would look at a tensor
+        return compiler(model, backend=kept, fullgraph=True, dynamic=dynamic)
+
+    monkeypatch.setattr(torch, "compile", whole)
+    torch._dynamo.reset()
+    model = models.make_model(name, width=8)
+    images, labels = torch.randn(20, 3, 32, 32), torch.arange(20) % 10
+    loader = [(images[i : i + 8], labels[i : i + 8]) for i in (0, 8, 16)]  # 8, 8 and 4
+    optimizer = main.make_optimizer("sgd", model, 0.01)
+    main.fit_model(model, CPU, loader, loader, optimizer, epochs=2, precision="fp32", compile=True)
+    assert len(graphs) == 2
+    assert all(issubclass(kind, torch.Tensor) for kinds in graphs for kind in kinds)  # no size varies
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not shutil.which("g++"), reason="there is no C++ compiler for torch.compile")
+def test_a_network_compiled_to_machine_code_trains_as_it_is_written(tmp_path, monkeypatch):
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
+    monkeypatch.setattr("torch._inductor.config.compile_threads", 1)  # no processes that stay
+    torch._dynamo.reset()
+    trained = []
+    for compile in (False, True):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Flatten(), nn.Linear(3072, 8), nn.ReLU(), nn.Linear(8, 10))
+        optimizer = main.make_optimizer("sgd", model, 0.01)
+        images, labels = torch.randn(16, 3, 32, 32), torch.arange(16) % 10
+        options = {"epochs": 2, "precision": "fp32", "compile": compile}
+        main.fit_model(model, CPU, [(images, labels)] * 2, [(images, labels)], optimizer, **options)
+        trained.append(weights(model))
+    torch.testing.assert_close(*trained, rtol=1e-4, atol=1e-5)
+    assert any(tmp_path.rglob("*.so"))
 
 
 def test_looking_changes_nothing(loaders, tmp_path):

@@ -149,7 +149,7 @@ def train_steps(
     model, optimizer = state.model, state.optimizer
     model.to(device).to(memory_format=torch.channels_last)
     training_mode(model)
-    forward = torch.compile(model) if settings.compile else model
+    forward = compiled(model) if settings.compile else model
     if state.scaler.is_enabled() and isinstance(optimizer, torch.optim.SGD):
         # Start the momentum at zero. If fp16 skipped the first update, PyTorch would leave the momentum
         # buffers uninitialised.
@@ -179,6 +179,15 @@ def train_steps(
         raise ValueError("the training loader has no batch")
     check_finite(epoch_state, state.scaler)
     epoch_state.seconds = time.perf_counter() - began  # now that the device has done it all
+
+
+def compiled(model: nn.Module) -> Callable:
+    """The network's forward and backward pass in training, by `torch.compile`.
+
+    On CUDA they are recorded as CUDA graphs, which take one launch each. A graph holds for one size of
+    batch, so each size is compiled for itself: a last, smaller batch takes the time of compiling once.
+    """
+    return torch.compile(model, mode="reduce-overhead", dynamic=False)
 
 
 def train_step(
@@ -351,7 +360,7 @@ def fit_model(  # noqa: PLR0913
             in training with `label_smoothing`.
         ema_decay: of an exponential moving average (EMA) of the weights, such as 0.99. The average is
             evaluated and saved in place of the weights, and copied into the model at the end. 0: none.
-        compile: the forward and backward pass of training, by `torch.compile`.
+        compile: the forward and backward pass of training, as in `compiled`.
         tta: evaluate six views of each image after the last epoch, as in `test`; six times the work.
         val_loader: evaluated after each epoch instead of the test set, which then is evaluated once,
             after the last.
