@@ -212,7 +212,7 @@ class Batches(Dataset):
 
     def make_epoch_cache(self, epoch: int) -> tuple[Tensor, AugmentParams]:
         """Order and draws of a whole epoch."""
-        return torch.from_numpy(self.order(epoch)).to(self.device), self.draws(epoch)
+        return torch.from_numpy(self.order(epoch)).to(self.device, non_blocking=True), self.draws(epoch)
 
 
 def place_of(key: Any, count: int) -> int:

@@ -25,8 +25,8 @@ class AugmentParams(NamedTuple):
         return AugmentParams(*(draw[positions] for draw in self))
 
     def to(self, device: torch.device) -> "AugmentParams":
-        """The decisions on another device."""
-        return AugmentParams(*(draw.to(device) for draw in self))
+        """The decisions on another device, which is not waited for."""
+        return AugmentParams(*(draw.to(device, non_blocking=True) for draw in self))
 
 
 class BatchProgram(NamedTuple):

@@ -17,6 +17,8 @@ from torch.utils import data
 
 from utils import EpochState, Stats
 
+# Devices on which PyTorch's fused optimizers leave an update out by the flag of its gradient scaler.
+SKIPPING = ("cuda",)
 LR_HINT = "a lower --lr may help, or --precision fp32 if the run used another"
 
 
@@ -26,7 +28,7 @@ def skips_on_device(optimizer: torch.optim.Optimizer) -> bool:
     PyTorch's fused CUDA optimizers can: they read a flag on the GPU, the one that PyTorch's gradient
     scaler sets. The CPU then need not wait for the GPU at every step.
     """
-    on_gpu = optimizer.param_groups[0]["params"][0].device.type == "cuda"
+    on_gpu = optimizer.param_groups[0]["params"][0].device.type in SKIPPING
     return on_gpu and getattr(optimizer, "_step_supports_amp_scaling", False)
 
 

@@ -301,7 +301,10 @@ def predict(
 def forward_all(
     model: nn.Module, device: torch.device, loader: Iterable[Any], precision: str, tta: bool = False
 ) -> tuple[Tensor, Tensor]:
-    """Logits float32 (N, K) and labels (N,) of a loader, on the device; every module's mode is kept."""
+    """Logits float32 (N, K) and labels (N,) of a loader, on the device; every module's mode is kept.
+
+    With a loader of `make_loaders` nothing here waits for a GPU but the very first batch.
+    """
     keep_freed_memory(device)
     dtype = pick_precision(precision, device)
     model.to(device).to(memory_format=torch.channels_last)

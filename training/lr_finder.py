@@ -90,7 +90,7 @@ def find_lr(  # noqa: PLR0913
     The first five arguments may come in any order: their kinds tell them apart.
 
     It trains copies, so model, optimizer, loader and random state stay as they were, and what the
-    caller froze is frozen in the copies too.
+    caller froze is frozen in the copies too. It waits for a GPU once a step, to read the loss.
 
     Args:
         criterion: of logits (N, K) and labels (N,); none: cross-entropy with `label_smoothing`.
