@@ -112,18 +112,19 @@ class BatchProgram(NamedTuple):
         view = index * padded_images.shape[1] + augment_params.flip
         where = position(padded_images, view, augment_params.top, left)
         images = windows(padded_images, height, width).index_select(0, where)
-        images = images.view(len(index), height, width, -1)
-        outside = images[..., len(self.mean) :].bool()  # of no channel, but for a late border
-        images = images[..., : len(self.mean)]
+        images = gathered = images.view(len(index), height, width, -1)
+        if "border" in self.late:  # one channel more, which says what is outside
+            images = gathered[..., :-1]
         if self.gray and "gray" not in self.late:
             images = self._gray(images, augment_params)
         if self.hole and "hole" not in self.late:
             self._cut(images, augment_params)
         # A row of pixels at a time: three channels alone would leave the processor's lanes empty.
-        mean, std = (constant(row * width, images.device) * 255 for row in (self.mean, self.std))
+        mean, scale = row_constants(self.mean, self.std, width, images.device)
         values = images.float().contiguous()
-        values.view(-1, len(mean)).sub_(mean).mul_(1 / std)
+        values.view(-1, len(mean)).sub_(mean).mul_(scale)
         if "border" in self.late:
+            outside = gathered[..., -1:].bool()
             values = torch.where(outside, constant(self.border_fill, values.device).float(), values)
         if "gray" in self.late:
             values = self._gray(values, augment_params)
@@ -178,6 +179,16 @@ def padded(side: int, least: int, border: str) -> np.ndarray:
 def constant(values: tuple[float, ...] | float, device: torch.device) -> Tensor:
     """Numbers on a device, copied there once: each copy would wait for the device."""
     return torch.tensor(values, device=device)
+
+
+@functools.lru_cache
+@torch.inference_mode(False)
+def row_constants(
+    mean: tuple[float, ...], std: tuple[float, ...], width: int, device: torch.device
+) -> tuple[Tensor, Tensor]:
+    """Mean and 1 / standard deviation of a row of pixels from 0 to 255, made once for all batches."""
+    row_mean, row_std = (constant(values * width, device) * 255 for values in (mean, std))
+    return row_mean, 1 / row_std
 
 
 def to_gray(images: Tensor) -> Tensor:

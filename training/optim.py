@@ -234,7 +234,8 @@ def muon_update(
         for p, matrix in zip(params, ahead, strict=True)
     ]
     if found_inf is not None:
-        moved = [torch.where(found_inf > 0, old, new) for old, new in zip(buffers, moved, strict=True)]
+        skip = found_inf > 0
+        moved = [torch.where(skip, old, new) for old, new in zip(buffers, moved, strict=True)]
     torch._foreach_copy_(buffers, moved)
     settings: dict[str, Any] = {"momentum": 0.0, "dampening": 0.0, "nesterov": False, "maximize": False}
     settings |= {name: group[name] for name in ("lr", "weight_decay")}
