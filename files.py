@@ -80,8 +80,11 @@ def answered(seconds: float, call: Callable[..., Answer], place: str | Path) -> 
             answer.set_result(result)
 
     threading.Thread(target=work, daemon=True).start()
-    wait([answer], seconds)
-    if answer.cancel():
+    try:
+        wait([answer], seconds)
+    finally:
+        late = answer.cancel()
+    if late:
         raise TimeoutError(errno.ETIMEDOUT, f"no answer within {seconds:g} s", str(place))
     return answer.result()
 

@@ -155,7 +155,7 @@ def plot_misclassified(
             `predict` kept them.
         count: how many at most; a model without mistakes gets a figure that says so.
     """
-    check_match(predictions, classes, images)
+    check_match(predictions, classes)
     chosen = predictions.misclassified(count)
     total, mistakes = len(predictions.labels), len(predictions.misclassified())
     names = legible(classes)
@@ -169,19 +169,15 @@ def plot_misclassified(
     return gallery(images[chosen], titles, title, font_note(classes))
 
 
-def check_match(
-    predictions: Predictions, classes: Sequence[str], images: np.ndarray | None = None
-) -> None:
-    """Refuse predictions of other classes or other images than are given.
+def check_match(predictions: Predictions, classes: Sequence[str]) -> None:
+    """Refuse predictions of other classes than are named.
 
     Raises:
         ValueError: how many there are of each.
     """
-    count, known = predictions.probabilities.shape
+    known = predictions.probabilities.shape[1]
     if len(classes) != known:
         raise ValueError(f"the predictions know {known} classes, and {len(classes)} names are given")
-    if images is not None and len(images) != count:
-        raise ValueError(f"there are predictions of {count:,} images, and {len(images):,} are given")
 
 
 def mistake(predictions: Predictions, index: int, classes: Sequence[str]) -> str:
@@ -356,7 +352,7 @@ def plot_gradcam(  # noqa: PLR0913
         right: show the surest right answers instead, and beside each the class that comes second.
         mean, std: the normalisation that the model was trained with.
     """
-    check_match(predictions, classes, images)
+    check_match(predictions, classes)
     layer = name_of_layer(model, layer, images.shape[2])
     places = check_layer(model, layer, images.shape[2])
     chosen = right_answers(predictions, count) if right else predictions.misclassified(count)

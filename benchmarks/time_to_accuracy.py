@@ -222,9 +222,7 @@ def render(records: list[dict]) -> str:
     rows = []
     for record in records:
         deviation = "" if record["deviation"] is None else f" ± {100 * record['deviation']:.2f}"
-        # An earlier record averaged each image with its mirror image alone.
-        mirror = ", each image with its mirror image"
-        views = {False: "", True: ", six views of each image", "mirror": mirror}[record["tta"]]
+        views = ", six views of each image" if record["tta"] else ""
         width = "" if record["width"] == 64 else f", width {record['width']}"
         rows.append(
             [

@@ -129,9 +129,9 @@ def test_tiles_are_equally_large_whatever_their_titles(sample, tiny):
 def test_images_predictions_and_classes_that_do_not_belong_together_are_refused(sample, tiny):
     predictions = make_predictions(sample, 9)
     for images, classes in ((sample.images[:99], CLASSES), (sample.images, CLASSES[:9])):
-        with pytest.raises(ValueError, match="there are predictions of 200|know 10 classes, and 9"):
+        with pytest.raises(ValueError, match="99 images for 200|know 10 classes, and 9"):
             visualize.plot_misclassified(images, predictions, classes)
-        with pytest.raises(ValueError, match="there are predictions of 200|know 10 classes, and 9"):
+        with pytest.raises(ValueError, match="99 images for 200|know 10 classes, and 9"):
             visualize.plot_gradcam(tiny, images, predictions, classes, layer="layer1")
     with pytest.raises(ValueError, match="know 10 classes, and 9"):
         visualize.plot_confusion_matrix(predictions, CLASSES[:9])
@@ -139,7 +139,9 @@ def test_images_predictions_and_classes_that_do_not_belong_together_are_refused(
 
 @pytest.mark.parametrize("histories", [{}, {"a": History()}, {"a": make_history(), "b": History()}])
 def test_a_history_without_an_epoch_is_refused(histories):
-    with pytest.raises(ValueError, match="a history without an epoch"):
+    with pytest.raises(
+        ValueError, match="give the history that fit_model returned, of an epoch or more"
+    ):
         visualize.plot_history(histories)
 
 
