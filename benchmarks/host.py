@@ -88,7 +88,7 @@ def parts() -> dict[str, Callable[[], Any]]:
     return {
         "dropout's own random numbers": reseed,
         "the batch's types, shapes and labels": lambda: check_batch((images, labels), 2),
-        "the gradient's norm": lambda: nn.utils.get_total_norm(gradients),
+        "the gradient's norms": lambda: torch.stack(torch._foreach_norm(gradients)).sum(),
         "whether all is finite": lambda: torch.isfinite(loss + loss) & (state.totals[2] == 0),
         "sums of loss and hits": lambda: torch.stack([loss * 8, (labels == labels).sum(), loss]),
         "signals deferred": hold,

@@ -220,8 +220,8 @@ def train_step(
     must_be_finite = loss.detach()
     if not scaler.is_enabled():
         parameters = [p for group in optimizer.param_groups for p in group["params"]]
-        norm = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
-        must_be_finite = must_be_finite + norm  # which it is if both are
+        norms = torch._foreach_norm([p.grad for p in parameters if p.grad is not None])
+        must_be_finite = must_be_finite + torch.stack(norms).sum()  # which it is if all are
     finite = torch.isfinite(must_be_finite) & sound
     hits = (logits.argmax(1) == labels).sum()
     summed = loss.detach().float() * images_in_mean(settings.criterion, len(labels))
