@@ -276,7 +276,8 @@ def print_estimate(config: Config, device: torch.device, loaders: Loaders, model
     steps = trained + evaluated / 3  # of a step the backward pass, which is left out, takes two thirds
     long = seconds * steps > 1800 and config.model == "custom_resnet"
     hint = "; --recipe quick takes minutes" * long
-    print(f"about {show_duration(seconds * steps)}, by three steps on this machine{hint}", flush=True)
+    if seconds * steps >= 10:
+        print(f"about {show_duration(seconds * steps)}, by three steps on this machine{hint}", flush=True)
 
 
 @contextlib.contextmanager

@@ -815,7 +815,7 @@ def test_a_constant_rate_needs_no_schedule(tmp_path, monkeypatch):
             "about 60.0 minutes, by three steps on this machine; --recipe quick takes",
         ),
         ("resnet18", 450.0, "about 60.0 minutes, by three steps on this machine\n"),
-        ("custom_resnet", 1.0, "about 8 seconds, by three steps on this machine\n"),
+        ("custom_resnet", 2.0, "about 16 seconds, by three steps on this machine\n"),
     ],
 )
 def test_a_run_says_how_long_it_will_take(model, seconds, expected, monkeypatch, capsys):
