@@ -178,6 +178,7 @@ class Checkpoints:
         if mirror is not None and self.folder and Path(mirror).absolute() == self.folder.absolute():
             raise ValueError(f"the mirror {mirror} is where the checkpoints are: name another folder")
         self.card, self.resume, self.seconds = card, resume, seconds
+        self.processes = 1  # that train together; `training.distributed.start` says how many
         self.mirror = None if mirror is None else Mirror(mirror)
 
     @property
@@ -228,7 +229,8 @@ class Checkpoints:
         self.saved = time.monotonic()
         self.failure: OSError | None = None
         self.locked = False
-        self.machine = {"device": device.type, **environment(device)}
+        count = f"{self.processes} process" + "es" * (self.processes > 1)
+        self.machine = {"device": device.type, **environment(device), "processes": count}
         # Where nothing is to be kept both are None; the type checker does not know that.
         if self.run is None or self.folder is None:
             return self
@@ -305,7 +307,12 @@ class Checkpoints:
         if self.folder is None:
             return
         self.check(self.epoch_state)
-        state = {
+        self.attempt(save_checkpoint, self.folder, self.state(), self.steps, self.mirror)
+        self.saved = time.monotonic()
+
+    def state(self) -> dict:
+        """All that a checkpoint holds."""
+        return {
             "card": self.card,
             "train_settings": self.train_settings,
             "machine": self.machine,
@@ -313,8 +320,6 @@ class Checkpoints:
             "history": asdict(self.history),
             "epoch_state": {**vars(self.epoch_state), "totals": self.epoch_state.totals.cpu()},
         }
-        self.attempt(save_checkpoint, self.folder, state, self.steps, self.mirror)
-        self.saved = time.monotonic()
 
     def save_if_due(self) -> None:
         """Write a checkpoint if the last one is `seconds` old."""

@@ -17,10 +17,11 @@ from sources import DATASETS
 from sources.folder import FITS
 from utils import choose, nearest
 
-# Where a run is kept, how often, and with how many others: fields that say nothing about what it is.
-STORAGE_FIELDS = ("output", "resume", "mirror", "checkpoint_seconds", "seeds")
+# Where a run is kept, how often, with how many others, and how long its processes wait: fields that say
+# nothing about what it is.
+STORAGE_FIELDS = ("output", "resume", "mirror", "checkpoint_seconds", "seeds", "process_timeout")
 # Fields that may differ between a run and its continuation: they change no number.
-MAY_DIFFER = ("data", "device")
+MAY_DIFFER = ("data", "device", "share_muon")
 # What describes a run in its folder, and several seeds of one in the folder above theirs.
 RUN_FILE, SEEDS_FILE = "config.json", "seeds.json"
 
@@ -150,6 +151,9 @@ class Config:
     device: str = setting("auto", "cpu, cuda, cuda:1, mps; auto: the fastest there is")
     seed: int = setting(0, "of weights, order and augmentation", low=0, high=2**32 - 1)
     seeds: int | None = setting(None, "so many runs, with seeds from --seed on; none: one run", low=1)
+    sync_norm: bool = setting(True, "normalise over the rows of all processes (torchrun)")
+    share_muon: bool = setting(False, "muon: each process orthogonalises some of the matrices")
+    process_timeout: float = setting(300.0, "seconds until a process without answer is lost", low=1)
     deterministic: bool = setting(False, "on CUDA, only kernels that repeat to the bit; slower")
     output: str | None = setting(None, "run folder; none: runs/MODEL-DATASET-TIME")
     resume: bool = setting(False, "continue the run in --output from its newest whole checkpoint")
@@ -222,7 +226,7 @@ class Config:
     @property
     def fit_options(self) -> dict:
         """The keyword arguments of `fit_model` that are plain fields."""
-        names = ("precision", "label_smoothing", "ema_decay", "seed", "compile", "tta")
+        names = ("precision", "label_smoothing", "ema_decay", "seed", "compile", "tta", "sync_norm")
         return {name: getattr(self, name) for name in names}
 
     @property
@@ -239,7 +243,7 @@ def _in_range(name: str, value: Any, low: float | None, high: float) -> None:
     raise ValueError(f"{name} must be at least {low}{upper}, not {value}")
 
 
-def make_parser(prog: str, description: str, usage: str | None = None) -> argparse.ArgumentParser:
+def make_parser(prog: str, description: str | None, usage: str | None = None) -> argparse.ArgumentParser:
     """A parser whose errors are one line, exit code 2, and name the nearest flag."""
     parser = argparse.ArgumentParser(
         prog=prog,
@@ -269,7 +273,8 @@ def parse_config(argv: list[str], prog: str = "main.py", usage: str | None = Non
     Raises:
         SystemExit: 2, after one line on stderr that names the flag and what is allowed.
     """
-    parser = make_parser(prog, "Each flag is shown with its default.", usage or f"{prog} [flags]")
+    parser = make_parser(prog, None, usage or f"{prog} [flags]")
+    parser._optionals.title = "flags, each shown with its default"
     parser.add_argument(
         "--recipe",
         default="custom_resnet",

@@ -104,6 +104,25 @@ def set_random_state(loader: Any, state: dict) -> None:
 ORDER, AUGMENTATION = 0, 1
 
 
+class Part(NamedTuple):
+    """Which of how many processes this one is; alone, where nothing else is said."""
+
+    rank: int = 0
+    world: int = 1
+
+    def rows(self, count: int) -> slice:
+        """This process's rows of a batch of `count`; numbers of rows differ by one at most.
+
+        Where there are fewer rows than processes, each process has them all.
+        """
+        if count < self.world:
+            return slice(0, count)
+        return slice(self.rank * count // self.world, (self.rank + 1) * count // self.world)
+
+
+ALONE = Part()
+
+
 SHARED_MEMORY = Path("/dev/shm")  # where worker processes of Linux put their batches
 PREFETCHED = 2  # batches that each worker prepares ahead
 BATCH_TIMEOUT = 300  # seconds; a batch that takes longer never comes
@@ -111,6 +130,9 @@ BATCH_TIMEOUT = 300  # seconds; a batch that takes longer never comes
 
 class EpochSampler(SequentialSampler):
     """The keys (epoch, batch) of an epoch's `batches`, which a dataset turns into images.
+
+    Where several processes share each batch, keys have this one's `part` as a third item; worker
+    processes know it from there.
 
     `set_epoch` chooses the epoch and, to go on in the middle of it, the first batch. A complete pass
     moves on to the next epoch by itself; a look at the first batches does not (but worker processes
@@ -120,16 +142,16 @@ class EpochSampler(SequentialSampler):
     """
 
     def __init__(self, batches: int):
-        self.batches = batches
+        self.batches, self.part = batches, ALONE
         self.set_epoch(1)
 
     def set_epoch(self, epoch: int, first: int = 0) -> None:
         """Make the next pass that of `epoch`, from batch `first` on."""
         self.epoch, self.first = epoch, first
 
-    def __iter__(self) -> Iterator[tuple[int, int]]:  # type: ignore[override]  # keys of its own
-        epoch = self.epoch
-        yield from ((epoch, batch) for batch in range(self.first, self.batches))
+    def __iter__(self) -> Iterator[tuple]:  # type: ignore[override]  # keys of its own
+        epoch, part = self.epoch, (self.part,) if self.part.world > 1 else ()
+        yield from ((epoch, batch, *part) for batch in range(self.first, self.batches))
         self.set_epoch(epoch + 1)
 
     def __len__(self) -> int:
@@ -146,12 +168,25 @@ def epoch_order(count: int, seed: int, epoch: int) -> np.ndarray:
     return np.random.default_rng([seed, ORDER, epoch]).permutation(count)
 
 
+def batch_length(dataset: "Batches | Samples", batch: int) -> int:
+    """The number of images in a batch of an epoch, the last of which may be shorter."""
+    return min(dataset.batch_size, len(dataset.split) - batch * dataset.batch_size)
+
+
+def batch_positions(dataset: "Batches | Samples", batch: int, part: Part = ALONE) -> slice:
+    """The positions in the epoch of a batch, or of a process's part of it."""
+    rows = part.rows(batch_length(dataset, batch))
+    first = batch * dataset.batch_size
+    return slice(first + rows.start, first + rows.stop)
+
+
 class Batches(Dataset):
     """Whole batches, augmented by a batch program on the device that holds the images.
 
     Key (epoch, batch) -> images float (n, C, H, W) and labels int64 (n,), both on the device, or on the
-    CPU if that is Apple's MPS. Key i -> image i, as the first epoch would augment it at place i, and its
-    label as an int. `data`, `targets` and `classes` are what torchvision's datasets have.
+    CPU if that is Apple's MPS. Key (epoch, batch, part) -> a process's rows of them. Key i -> image i,
+    as the first epoch would augment it at place i, and its label as an int. `data`, `targets` and
+    `classes` are what torchvision's datasets have.
     """
 
     def __init__(
@@ -181,14 +216,14 @@ class Batches(Dataset):
         """What is done to the images, in words that are the same in every process."""
         return "; ".join(filter(None, (repr(self.program), self.split.prepared)))
 
-    def __getitem__(self, key: tuple[int, int] | int) -> tuple[Tensor, Tensor | int]:
+    def __getitem__(self, key: tuple | int) -> tuple[Tensor, Tensor | int]:
         if not isinstance(key, tuple):
             return self.single(place_of(key, len(self)))
-        epoch, batch = key
+        epoch, *place = key
         if self.epoch_cache is None or self.epoch_cache[0] != epoch:
             self.epoch_cache = (epoch, *self.make_epoch_cache(epoch))
         _, order, augment_params = self.epoch_cache
-        positions = slice(batch * self.batch_size, (batch + 1) * self.batch_size)
+        positions = batch_positions(self, *place)
         index = order[positions]
         return self.program(self.padded_images, index, augment_params.at(positions)), self.labels[index]
 
@@ -254,14 +289,14 @@ class Samples(Dataset):
             words = ", ".join(type(transform).__name__ for transform in transforms)
         return "; ".join(filter(None, (words, self.split.prepared)))
 
-    def __getitem__(self, key: tuple[int, int] | int) -> tuple[Tensor, Tensor | int]:
+    def __getitem__(self, key: tuple | int) -> tuple[Tensor, Tensor | int]:
         if not isinstance(key, tuple):
             place = place_of(key, len(self))
             return self.image(1, place, place), self.targets[place]
-        epoch, batch = key
-        first = batch * self.batch_size
-        index = self.order(epoch)[first : first + self.batch_size]
-        images = [self.image(epoch, first + k, i) for k, i in enumerate(index)]
+        epoch, *where = key
+        positions = batch_positions(self, *where)
+        index = self.order(epoch)[positions]
+        images = [self.image(epoch, positions.start + k, i) for k, i in enumerate(index)]
         return torch.stack(images), torch.from_numpy(self.split.labels[index])
 
     def order(self, epoch: int) -> np.ndarray:

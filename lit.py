@@ -5,8 +5,10 @@ import warnings
 from dataclasses import asdict
 
 import torch
+from lightning.fabric.utilities.distributed import DistributedSamplerWrapper
 from lightning.pytorch import LightningDataModule, LightningModule
 from lightning.pytorch.plugins import MixedPrecision
+from lightning.pytorch.utilities.data import _update_dataloader
 from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.data import DataLoader
@@ -141,15 +143,27 @@ class LitData(LightningDataModule):
 
     def train_dataloader(self) -> DataLoader:
         """The training images, shuffled and augmented."""
-        return self.loaders.train
+        return self.divided(self.loaders.train)
 
     def val_dataloader(self) -> DataLoader | list:
         """The images held out, if there are any."""
-        return self.loaders.validation or []
+        return self.divided(self.loaders.validation) if self.loaders.validation else []
 
     def test_dataloader(self) -> DataLoader:
         """The test images."""
-        return self.loaders.test
+        return self.divided(self.loaders.test)
+
+    def divided(self, loader: DataLoader) -> DataLoader:
+        """The loader; where the Trainer has several processes, one with this process's batches of it.
+
+        Lightning's own division would take our sampler for one of single images.
+        """
+        if self.trainer is None or self.trainer.world_size == 1:
+            return loader
+        place = {"num_replicas": self.trainer.world_size, "rank": self.trainer.global_rank}
+        return _update_dataloader(
+            loader, DistributedSamplerWrapper(loader.sampler, shuffle=False, **place)
+        )
 
 
 def trainer_options(config: Config) -> dict:

@@ -11,12 +11,13 @@ python main.py export RUN                  an ONNX file (or --format torch) that
 """
 
 import argparse
+import contextlib
 import csv
 import io
 import shutil
 import sys
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from training.starting import end_on_signals
@@ -34,7 +35,6 @@ from models import MODELS
 from run import (
     check_own_weights,
     execute,
-    imported_card,
     make_card,
     make_scheduler,
     open_run,
@@ -49,11 +49,14 @@ from run import (
 )
 from sources import load_split
 from sources.folder import read_image
+from sources.split import statistics
+from training.distributed import joined, started_by_torchrun, tells
 from training.guards import Stopped, signals_noted
 from training.loops import fit_model, predict, test, train
 from training.lr_finder import find_lr
 from training.optim import make_optimizer, one_cycle
 from training.progress import unfailing_output
+from transforms import CIFAR10_MEAN, CIFAR10_STD
 from utils import choose, get_device, name_of, pick_precision, plain
 from weights_file import BARE, DEFAULT_WEIGHTS, import_weights, load_weights, save_weights
 
@@ -74,6 +77,13 @@ __all__ = [
 ]
 
 
+@contextlib.contextmanager
+def told_once() -> Iterator[None]:
+    """Of several processes let one speak of bad flags, which all were given."""
+    with contextlib.redirect_stderr(sys.stderr if tells() else io.StringIO()):
+        yield
+
+
 def train_command(argv: list[str]) -> None:
     """main.py [train] [flags]."""
     others = ", ".join(name for name in COMMANDS if name != "train")
@@ -81,7 +91,8 @@ def train_command(argv: list[str]) -> None:
         "main.py [flags]         train a network and write its report\n"
         f"       main.py COMMAND --help  {others}"
     )
-    config = parse_config(argv, usage=usage)
+    with told_once():
+        config = parse_config(argv, usage=usage)
     flags = {word.partition("=")[0] for word in argv if word.startswith("--")}
     storage = {f"--{name.replace('_', '-')}" for name in STORAGE_FIELDS}
     if config.resume and flags <= storage and not (config.mirror or described(config.output or "")):
@@ -89,9 +100,10 @@ def train_command(argv: list[str]) -> None:
     if config.seeds:
         run(config)
         return
-    with bad_input_refused():
-        ready = prepare(config)
-    execute(config, *ready)
+    with joined(get_device(config.device)):
+        with bad_input_refused():
+            ready = prepare(config)
+        execute(config, *ready)
 
 
 def find_lr_command(argv: list[str]) -> None:
@@ -303,6 +315,41 @@ def import_weights_command(argv: list[str]) -> None:
         )
 
 
+def imported_card(
+    config: Config, found: dict, mean: Sequence[float] | None, std: Sequence[float] | None
+) -> dict:
+    """The card of weights that another program trained, with the classes of a dataset.
+
+    Args:
+        config: its dataset, and the network.
+        found: what `import_weights` says.
+        mean, std: that the network was trained with; None: the dataset's.
+
+    Raises:
+        ValueError: the dataset has another number of classes.
+    """
+    test = load_split(config.dataset, "test", config.data)
+    if len(test.classes) != found["num_classes"]:
+        raise ValueError(
+            f"the weights know {found['num_classes']} classes, and {config.dataset} has "
+            f"{len(test.classes)}: --dataset names another"
+        )
+    usual: tuple[tuple[float, ...], ...] = CIFAR10_MEAN, CIFAR10_STD
+    if config.dataset not in ("cifar10", "cifar10-sample") and not (mean and std):
+        usual = statistics(load_split(config.dataset, "train", config.data).images)
+    known = ("model", "dataset", "data", *found["options"])
+    return {
+        "model": config.model,
+        "options": config.model_options,
+        "image_size": config.image_size,
+        "classes": list(test.classes),
+        "mean": list(mean or usual[0]),
+        "std": list(std or usual[1]),
+        "test_sha256": test.digest(),
+        "config": {name: getattr(config, name) for name in known},
+    }
+
+
 def model_parser(command: str, description: str, shipped: bool = True) -> argparse.ArgumentParser:
     """The flags that every command with saved weights has; those in weights/ need not be named."""
     parser = make_parser(f"main.py {command}", description)
@@ -341,26 +388,34 @@ def main(argv: list[str] | None = None) -> int:
     command, rest = (argv[0], argv[1:]) if named else ("train", argv)
     try:
         choose("command", command, COMMANDS)
+        if command != "train" and started_by_torchrun():
+            raise ValueError(f"torchrun is for training alone: python main.py {command}")
         with unfailing_output(), signals_noted():
             COMMANDS[command](rest)
     except Stopped as stop:
-        print(f"main.py: {stop}", file=sys.stderr)
+        say(str(stop))
         return 128 + stop.number
     except KeyboardInterrupt:
-        print("main.py: interrupted", file=sys.stderr)
+        say("interrupted")
         return 130
     except ValueError as error:
-        print(f"main.py: {reason(error)}", file=sys.stderr)
+        say(reason(error))
         return 2
     except (FloatingPointError, OSError) as error:
-        print(f"main.py: {reason(error)}", file=sys.stderr)
+        say(reason(error))
         return 1
     except (RuntimeError, MemoryError) as error:  # a worker that was killed, no memory, no compiler
         if sys.flags.dev_mode:
             raise
-        print(f"main.py: {first_line(error)}; python -X dev main.py shows where", file=sys.stderr)
+        say(f"{first_line(error)}; python -X dev main.py shows where")
         return 1
     return 0
+
+
+def say(text: str) -> None:
+    """Why the run ended, in one line; of several processes of a machine one says it."""
+    if tells():
+        print(f"main.py: {text}", file=sys.stderr)
 
 
 def first_line(error: Exception) -> str:

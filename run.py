@@ -2,10 +2,11 @@
 
 import argparse
 import contextlib
+import functools
 import hashlib
 import json
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -36,22 +37,25 @@ from files import (
 )
 from models import make_model
 from sources import load_split
-from sources.split import Split, statistics
+from sources.split import Split
+from training.distributed import (
+    agreed,
+    check_same,
+    first,
+    from_first,
+    joined,
+    own_part,
+    started_by_torchrun,
+    wait_less,
+)
 from training.guards import Stopped, signals_noted
 from training.loops import fit_model, predict
 from training.lr_finder import LRFinderResult, find_lr, read_finder
-from training.optim import make_optimizer, one_cycle
-from training.progress import step_seconds, unfailing_output, watched
-from transforms import CIFAR10_MEAN, CIFAR10_STD, normalize, test_transform
-from utils import (
-    environment,
-    get_device,
-    name_of,
-    pick_precision,
-    seed_everything,
-    show_duration,
-    summarize,
-)
+from training.optim import Muon, make_optimizer, one_cycle
+from training.progress import show_duration, step_seconds, unfailing_output, watched
+from training.shared_model import orthogonal_shared
+from transforms import normalize, test_transform
+from utils import environment, get_device, name_of, pick_precision, seed_everything, summarize
 from weights_file import initialize, load_weights, weights_path
 
 
@@ -73,6 +77,8 @@ def predict_images(
 def run(config: Config) -> Path:
     """Train as `config` says and write the run folder; with `config.seeds`, as `run_seeds` does.
 
+    Where torchrun started several processes, they train one run together.
+
     Returns:
         The folder, whose report.md tells the rest.
 
@@ -82,7 +88,10 @@ def run(config: Config) -> Path:
         Stopped: SIGINT or SIGTERM came.
     """
     with unfailing_output(), signals_noted():
-        return run_seeds(config) if config.seeds else execute(config, *prepare(config))
+        if config.seeds:
+            return run_seeds(config)
+        with joined(get_device(config.device)):
+            return execute(config, *prepare(config))
 
 
 def run_seeds(config: Config) -> Path:
@@ -93,9 +102,14 @@ def run_seeds(config: Config) -> Path:
 
     Returns:
         The folder that holds them: seed-0 and so on, and seeds.json.
+
+    Raises:
+        ValueError: there are several processes.
     """
     from reporting.comparison import read_groups, summary  # SciPy takes a second
 
+    if started_by_torchrun() or own_part().world > 1:
+        raise ValueError("--seeds is for one process: leave torchrun out, or train one --seed at a time")
     with bad_input_refused():
         folder = claim_folder(config)
     try:
@@ -131,15 +145,22 @@ def is_finished(folder: Path) -> bool:
 def prepare(config: Config) -> tuple[torch.device, Loaders, nn.Module, torch.optim.Optimizer, Path]:
     """Device, loaders, model, optimizer and folder of a run; the folder is made last."""
     device = get_device(config.device)
-    loaders = make_loaders(config, device)
+    with agreed():
+        loaders, weights = make_loaders(config, device), first_weights(config)
+    facts = {name: value for name, value in config.identity.items() if name not in MAY_DIFFER}
+    digests = [dataset_of(loader).split.digest() for loader in (loaders.train, loaders.test)]
+    check_same(**facts, images=digests)
     seed_everything(config.seed, config.deterministic)
     model = make_model(config.model, len(loaders.classes), **config.model_options)
-    first = first_weights(config)
-    if first:
-        print(initialize(model, first))
+    if weights:
+        with agreed():
+            print(initialize(model, weights))
     model.to(device).to(memory_format=torch.channels_last)
     optimizer = make_optimizer(config.optimizer, model, config.lr or 1e-3, **config.optimizer_options)
-    return device, loaders, model, optimizer, open_run(config, device, loaders, model)
+    if config.share_muon and isinstance(optimizer, Muon):
+        optimizer.orthogonal_all = orthogonal_shared
+    folder = from_first(lambda: str(open_run(config, device, loaders, model)))
+    return device, loaders, model, optimizer, Path(folder)
 
 
 def first_weights(config: Config) -> Path | None:
@@ -248,7 +269,9 @@ def execute(
             print_estimate(config, device, loaders, model)
         finder = None
         if config.lr is None:
-            finder = range_test(config, device, loaders, model, optimizer, folder)
+            test = functools.partial(range_test, config, device, loaders, model, optimizer, folder)
+            finder = LRFinderResult(**from_first(lambda: asdict(test())))
+        wait_less(config.process_timeout)
         scheduler = make_scheduler(config, loaders, optimizer, finder)
         fit_model(
             model,
@@ -267,9 +290,12 @@ def execute(
 
 
 def print_estimate(config: Config, device: torch.device, loaders: Loaders, model: nn.Module) -> None:
-    """Say how long the run will take on this machine, by a few steps on a copy of the network."""
-    dataset, side = dataset_of(loaders.train), config.image_size
-    images = torch.zeros(dataset.batch_size, 3, side, side, device=device)
+    """Say how long the run will take on this machine, by a few steps on a copy of the network.
+
+    Where several processes train, each makes these steps with its rows of a batch, at the same time.
+    """
+    rows, side = own_part().rows(dataset_of(loaders.train).batch_size), config.image_size
+    images = torch.zeros(rows.stop - rows.start, 3, side, side, device=device)
     seconds = step_seconds(model, images.to(memory_format=torch.channels_last), config.precision)
     trained = len(loaders.train) * config.epochs + 100 * (config.lr is None)  # the range test has 100
     evaluated = len(loaders.validation or loaders.test) * (config.epochs + 1)  # the report does it, too
@@ -373,8 +399,8 @@ def schedule(
 
 def make_card(config: Config, loaders: Loaders) -> dict:
     """What goes with the weights, so that they can be used without the run."""
-    first = first_weights(config)
-    begun = {"init_sha256": hashlib.sha256(first.read_bytes()).hexdigest()} if first else {}
+    weights = first_weights(config)
+    begun = {"init_sha256": hashlib.sha256(weights.read_bytes()).hexdigest()} if weights else {}
     return {
         "model": config.model,
         "options": config.model_options,
@@ -389,41 +415,6 @@ def make_card(config: Config, loaders: Loaders) -> dict:
     }
 
 
-def imported_card(
-    config: Config, found: dict, mean: Sequence[float] | None, std: Sequence[float] | None
-) -> dict:
-    """The card of weights that another program trained, with the classes of a dataset.
-
-    Args:
-        config: its dataset, and the network.
-        found: what `import_weights` says.
-        mean, std: that the network was trained with; None: the dataset's.
-
-    Raises:
-        ValueError: the dataset has another number of classes.
-    """
-    test = load_split(config.dataset, "test", config.data)
-    if len(test.classes) != found["num_classes"]:
-        raise ValueError(
-            f"the weights know {found['num_classes']} classes, and {config.dataset} has "
-            f"{len(test.classes)}: --dataset names another"
-        )
-    usual: tuple[tuple[float, ...], ...] = CIFAR10_MEAN, CIFAR10_STD
-    if config.dataset not in ("cifar10", "cifar10-sample") and not (mean and std):
-        usual = statistics(load_split(config.dataset, "train", config.data).images)
-    known = ("model", "dataset", "data", *found["options"])
-    return {
-        "model": config.model,
-        "options": config.model_options,
-        "image_size": config.image_size,
-        "classes": list(test.classes),
-        "mean": list(mean or usual[0]),
-        "std": list(std or usual[1]),
-        "test_sha256": test.digest(),
-        "config": {name: getattr(config, name) for name in known},
-    }
-
-
 def report_run(
     config: Config, device: torch.device, loaders: Loaders, model: nn.Module, folder: Path
 ) -> None:
@@ -431,6 +422,8 @@ def report_run(
     from report import write_report  # matplotlib takes a second, which a short command need not wait
 
     predictions = predict(model, device, loaders.test, precision=config.precision, tta=config.tta)
+    if not first():
+        return
     path = write_report(folder, model, loaders, predictions)
     images = f"{len(predictions.labels):,} images" + ", six views of each" * config.tta
     print(f"test accuracy {predictions.accuracy:.2%} of {images}")

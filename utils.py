@@ -7,6 +7,7 @@ import difflib
 import io
 import itertools
 import json
+import os
 import platform
 import random
 import re
@@ -246,9 +247,17 @@ def inner_model(model: nn.Module) -> nn.Module:
 def get_device(name: str | torch.device = "auto") -> torch.device:
     """The device of that name, or the device itself; "auto" is CUDA, else Apple's MPS, else the CPU.
 
+    Of several processes that torchrun started each has a GPU of its own, unless `name` has a number.
+
     Raises:
         ValueError: there is no such device here.
     """
+    several = int(os.environ.get("WORLD_SIZE", 1)) > 1
+    if several and str(name) in ("auto", "cuda") and torch.cuda.is_available():
+        processes, gpus = int(os.environ.get("LOCAL_WORLD_SIZE", 1)), torch.cuda.device_count()
+        if processes > gpus:
+            raise ValueError(f"there are {gpus} GPUs for {processes} processes: --nproc-per-node {gpus}")
+        return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
     if name == "auto":
         if torch.cuda.is_available():
             return torch.device("cuda")
@@ -353,15 +362,16 @@ def seed_everything(seed: int, deterministic: bool = False) -> None:
     """Seed the global generators of Python, NumPy and PyTorch (every device).
 
     Args:
-        deterministic: have cuDNN use only algorithms that give the same bits each time. The networks
-            here should need no more: as their pooling windows do not overlap, no gradient is summed in
-            an order that changes.
+        deterministic: have cuDNN, and NCCL if it is not in use yet, take only algorithms that give the
+            same bits each time. The networks here should need no more: as their pooling windows do not
+            overlap, no gradient is summed in an order that changes.
     """
     random.seed(seed)
     np.random.seed(seed)
     torch.manual_seed(seed)
     if deterministic:
         torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark = True, False
+        os.environ.update(NCCL_NVLS_ENABLE="0", NCCL_ALGO="Ring")  # NVLS changes the order of sums
 
 
 @contextlib.contextmanager
@@ -463,14 +473,6 @@ def show_probability(probability: float) -> str:
     """A network's probability in percent; none is 0 or 1, so one that rounds to it gets a bound."""
     shown = f"{probability:.1%}"
     return {"100.0%": ">99.9%", "0.0%": "<0.1%"}.get(shown, shown)
-
-
-def show_duration(seconds: float) -> str:
-    """A time in the unit that suits it."""
-    for unit, length in (("hours", 3600), ("minutes", 60)):
-        if seconds >= 1.5 * length:
-            return f"{seconds / length:.1f} {unit}"
-    return f"{seconds:.2g} seconds" if seconds < 10 else f"{seconds:.0f} seconds"
 
 
 def markdown_table(heads: list[str], rows: list[list], left: tuple[int, ...] = (0,)) -> str:

@@ -29,7 +29,8 @@ from config import Config
 from data import Loaders, limit_batches, make_loaders, start_epoch
 from models import make_model
 from run import make_card
-from training.loops import fit_model, forward_all, score
+from training.criterion import score
+from training.loops import fit_model, forward_all
 from training.optim import make_optimizer, one_cycle
 from training.progress import event_writer, write_events
 from utils import Epoch, History, autocast, pick_precision

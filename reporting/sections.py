@@ -22,7 +22,8 @@ from reporting.findings import (
 )
 from training.guards import LR_HINT, fault_of
 from training.lr_finder import LRFinderResult
-from utils import History, Predictions, escape, markdown_table, show_duration
+from training.progress import show_duration
+from utils import History, Predictions, escape, markdown_table
 
 
 def headline(

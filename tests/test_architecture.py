@@ -62,6 +62,7 @@ ROOMS = {
         "starting": 0,
         "arguments": 0,
         "criterion": 0,
+        "distributed": 0,
         "guards": 0,
         "optim": 0,
         "pictures": 0,
@@ -69,8 +70,9 @@ ROOMS = {
         "lr_finder": 2,
         "progress": 2,
         "settings": 2,
-        "loops": 3,
-        "__init__": 4,
+        "shared_model": 3,
+        "loops": 4,
+        "__init__": 5,
     },
 }
 EXTRAS = {

@@ -22,6 +22,7 @@ from data import make_loader
 from training import lr_finder, optim
 from training.lr_finder import find_lr, suggest_lrs
 from training.optim import make_optimizer, one_cycle
+from training.progress import show_duration
 from transforms import train_transform
 from utils import Epoch, History, Predictions
 
@@ -432,7 +433,7 @@ def test_no_probability_is_shown_as_certain_or_as_impossible():
     ],
 )
 def test_a_time_is_told_in_the_unit_that_suits_it(seconds, shown):
-    assert utils.show_duration(seconds) == shown
+    assert show_duration(seconds) == shown
 
 
 def test_seeding_makes_every_generator_repeat():

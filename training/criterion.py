@@ -6,6 +6,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
+
+from utils import Stats
 
 # PyTorch's, as an object or a function, or one's own: of logits (N, K) and labels (N,).
 Criterion = Callable[[Tensor, Tensor], Tensor]
@@ -64,6 +67,15 @@ def check_criterion(criterion: Any, logits: Tensor) -> None:
 def images_in_mean(criterion: Criterion | None, count: int) -> int:
     """Of how many of `count` images a criterion's loss is the mean; a sum is one of 1."""
     return 1 if getattr(criterion, "reduction", "mean") == "sum" else count
+
+
+def score(logits: Tensor, labels: Tensor, criterion: Criterion | None = None) -> Stats:
+    """Mean loss and accuracy of logits (N, K) against labels (N,)."""
+    hits = (logits.argmax(1) == labels).sum().item()
+    with torch.no_grad():
+        loss = (F.cross_entropy if criterion is None else criterion)(logits, labels).item()
+    count = len(labels)
+    return Stats(loss / (count // images_in_mean(criterion, count)), hits / count)
 
 
 def describe_criterion(criterion: Any) -> str:

@@ -6,7 +6,7 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from types import FrameType
 from typing import Any
 
@@ -146,9 +146,15 @@ class Stopped(KeyboardInterrupt):
 
 
 class Signals:
-    """Lets SIGINT and SIGTERM end a run between two updates, never within one."""
+    """Lets SIGINT and SIGTERM end a run between two updates, never within one.
 
-    def __init__(self) -> None:
+    Args:
+        agree: where several processes train, a function that tells them all of the signal that one of
+            them got. Each then only notes a signal, and they stop together before the next update.
+    """
+
+    def __init__(self, agree: Callable[[int | None], int | None] | None = None) -> None:
+        self.agree = agree
         self.depth, self.since = 0, 0.0
         self.number: int | None = None
         self.waiting = False  # whether the loop waits for a batch
@@ -163,16 +169,16 @@ class Signals:
             signal.signal(signal.SIGCHLD, signal.SIG_DFL)
         # PyTorch waits five seconds for each worker that is busy with a batch before it ends it.
         data._utils.MP_STATUS_CHECK_INTERVAL = WORKER_PATIENCE
-        if not self.depth and not self.waiting:
+        if not self.depth and not self.waiting and not self.agree:
             raise Stopped(number)
         now = time.monotonic()
         if self.number is None:
             self.number, self.since = number, now
-            if self.waiting:
+            if self.waiting and not self.agree:
                 self.alarm = threading.Timer(PATIENCE, os.kill, (os.getpid(), number))
                 self.alarm.daemon = True
                 self.alarm.start()
-        elif self.waiting:
+        elif self.waiting and not self.agree:
             self.raise_noted()
         elif number == signal.SIGINT and now - self.since > 1:
             raise KeyboardInterrupt  # a second Ctrl-C ends the run at once, without a checkpoint
@@ -184,12 +190,13 @@ class Signals:
         try:
             yield
         except RuntimeError:
-            if self.number is None:
+            # Another process of the run may be gone, in the middle of the update: that must be heard.
+            if self.number is None or self.agree:
                 raise
             # The signal has also ended a worker process, and PyTorch noticed that during the update.
         finally:
             self.depth -= 1
-        if not self.depth:
+        if not self.depth and not self.agree:
             self.raise_noted()
 
     def batches(self, loader: Iterable[Any]) -> Iterator[Any]:
@@ -219,16 +226,17 @@ class Signals:
             yield batch
 
     def raise_noted(self) -> None:
-        """Raise `Stopped` if a signal was deferred."""
-        if self.number is not None:
-            number, self.number = self.number, None
+        """Raise `Stopped` if a signal was deferred, here or in another process that `agree` asks."""
+        number = self.agree(self.number) if self.agree else self.number
+        if number is not None:
+            self.number = None
             raise Stopped(number)
 
 
 @contextlib.contextmanager
-def signals_noted() -> Iterator[Signals]:
+def signals_noted(agree: Callable[[int | None], int | None] | None = None) -> Iterator[Signals]:
     """A `Signals` that handles SIGINT and SIGTERM; only the main thread can set up such a handler."""
-    signals = Signals()
+    signals = Signals(agree)
     if threading.current_thread() is not threading.main_thread():
         yield signals
         return

@@ -4,7 +4,7 @@ import contextlib
 import functools
 import math
 import time
-from collections.abc import Callable, Generator, Iterable
+from collections.abc import Callable, Generator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,12 +12,23 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from checkpoint import Checkpoints
 from data import BatchLoader, random_state, set_random_state, start_epoch
 from training.arguments import any_order
-from training.criterion import Criterion, check_criterion, images_in_mean
+from training.criterion import Criterion, check_criterion, score
+from training.distributed import (
+    check_same_bits,
+    meet,
+    own_part,
+    rows_shared,
+    save_together,
+    start,
+    take_rows,
+    together,
+    total,
+    whole_rows,
+)
 from training.guards import (
     Signals,
     Stopped,
@@ -49,6 +60,7 @@ from training.optim import Scheduler, averaging, ema_copy
 from training.pictures import Pictures
 from training.progress import make_row, progress, training_log
 from training.settings import TrainSettings, make_settings, resumable
+from training.shared_model import average_buffers, loss_part, prepare_forward
 from utils import (
     EpochState,
     History,
@@ -77,11 +89,13 @@ class TrainState:
     scaler: torch.amp.GradScaler
     ema_model: nn.Module | None = None  # holds the average of the weights, where there is one
     classes: int | None = None  # that the model tells apart; known from the first batch on
+    forward: Callable | None = None  # the model as it is trained: compiled, shared by processes
 
     @property
     def parts(self) -> dict[str, Any]:
         """What a checkpoint holds, by name; a scheduler that has no state is left out."""
-        return {name: part for name, part in vars(self).items() if hasattr(part, "state_dict")}
+        parts = {name: part for name, part in vars(self).items() if name != "forward"}
+        return {name: part for name, part in parts.items() if hasattr(part, "state_dict")}
 
     @property
     def evaluated(self) -> nn.Module:
@@ -102,6 +116,7 @@ def train(  # noqa: PLR0913
     precision: str = "auto",
     label_smoothing: float = 0.0,
     seed: int = 0,
+    sync_norm: bool = True,
 ) -> Stats:
     """Train for one epoch. The first seven arguments may come in any order: their kinds tell them apart.
 
@@ -112,6 +127,7 @@ def train(  # noqa: PLR0913
         epoch: which one, from 1; none: the loader's next.
         precision: of the forward pass, as in `pick_precision`.
         seed: of dropout.
+        sync_norm: as in `fit_model`.
 
     Returns:
         Mean loss and accuracy over the epoch, in training mode and as the weights changed.
@@ -120,12 +136,14 @@ def train(  # noqa: PLR0913
         FloatingPointError: loss or gradient is not finite; the weights are those before that step.
     """
     device = get_device(device)
-    settings = make_settings(device, precision, label_smoothing, seed, criterion=criterion)
+    settings = make_settings(
+        device, precision, label_smoothing, seed, criterion=criterion, sync_norm=sync_norm
+    )
     check_training(model, train_loader, optimizer, scheduler)
     check_steps_left(scheduler, train_loader, 1)
     state = TrainState(model, optimizer, scheduler, make_scaler(device, settings.precision))
     epoch_state = EpochState.of(start_epoch(train_loader, epoch), device)
-    with statistics_kept_finite(model):
+    with together(), statistics_kept_finite(model), rows_shared(train_loader):
         for _ in train_steps(state, device, train_loader, epoch_state, settings, Signals()):
             pass
     return epoch_state.stats()
@@ -149,7 +167,6 @@ def train_steps(
     model, optimizer = state.model, state.optimizer
     model.to(device).to(memory_format=torch.channels_last)
     training_mode(model)
-    forward = compiled(model) if settings.compile else model
     if state.scaler.is_enabled() and isinstance(optimizer, torch.optim.SGD):
         # Start the momentum at zero. If fp16 skipped the first update, PyTorch would leave the momentum
         # buffers uninitialised.
@@ -161,16 +178,18 @@ def train_steps(
             state.classes = count_classes(
                 model, check_batch(batch)[0], device, settings.precision, settings.criterion
             )
-        images, labels = to_device(*check_batch(batch, state.classes), device)
+        own, count = take_rows(loader, epoch_state.steps, *check_batch(batch, state.classes))
+        images, labels = to_device(*own, device)
+        state.forward = prepare_forward(state.forward, model, images, count, settings)
         with signals.held():
             lr = float(optimizer.param_groups[0]["lr"])
             key = [settings.seed, DROPOUT, epoch_state.epoch, epoch_state.steps]
             with seeded(int(np.random.default_rng(key).integers(2**63)), device):
-                train_step(forward, images, labels, state, epoch_state, settings)
+                train_step(state.forward, images, labels, state, epoch_state, settings, count)
             if state.scheduler is not None:
                 state.scheduler.step()
             epoch_state.lrs.append(lr)
-            epoch_state.images += len(labels)
+            epoch_state.images += count
             epoch_state.steps += 1
             epoch_state.seconds = time.perf_counter() - began
         yield
@@ -181,15 +200,6 @@ def train_steps(
     epoch_state.seconds = time.perf_counter() - began  # now that the device has done it all
 
 
-def compiled(model: nn.Module) -> Callable:
-    """The network's forward and backward pass in training, by `torch.compile`.
-
-    On CUDA they are recorded as CUDA graphs, which take one launch each. A graph holds for one size of
-    batch, so each size is compiled for itself: a last, smaller batch takes the time of compiling once.
-    """
-    return torch.compile(model, mode="reduce-overhead", dynamic=False)
-
-
 def train_step(
     forward: Callable,
     images: Tensor,
@@ -197,26 +207,29 @@ def train_step(
     state: TrainState,
     epoch_state: EpochState,
     settings: TrainSettings,
+    count: int,
 ) -> None:
     """One update, whose loss and hits are added to `epoch_state`.
 
     There is none if the loss or the gradient is not finite, in this step or in an earlier one of the
     epoch. In fp16 the gradient scaler leaves it out. Elsewhere the run stops here (`check_finite`); on a
     GPU, which must not be waited for, the optimizer is told by `found_inf`, and the run stops at the
-    end of the epoch.
+    end of the epoch. All processes that share the batch of `count` rows do the same.
     """
     optimizer, scaler = state.optimizer, state.scaler
     optimizer.zero_grad(set_to_none=True)
     with autocast(images.device, settings.precision):
         logits = forward(images)
-        loss = settings.loss(logits, labels)
+        loss, factor, counted = loss_part(settings, logits, labels, count)
     check_gradient(loss)
     sound = epoch_state.totals[2] == epoch_state.steps  # totals[2] counts the finite steps
     if labels.device.type != "cpu":  # without waiting: cross-entropy leaves out a label of -100
         sound = sound & (labels >= 0).all()
     if scaler.is_enabled():  # it looks at gradients alone, so make them NaN where the loss is not finite
         loss = loss * torch.where(torch.isfinite(loss.detach()) & sound, 1.0, math.nan)
-    scaler.scale(loss).backward()
+    scaler.scale(loss if factor == 1 else loss * factor).backward()
+    if not settings.sync_norm:
+        average_buffers(state.model)
     must_be_finite = loss.detach()
     if not scaler.is_enabled():
         parameters = [p for group in optimizer.param_groups for p in group["params"]]
@@ -224,8 +237,9 @@ def train_step(
         must_be_finite = must_be_finite + torch.stack(norms).sum()  # which it is if all are
     finite = torch.isfinite(must_be_finite) & sound
     hits = (logits.argmax(1) == labels).sum()
-    summed = loss.detach().float() * images_in_mean(settings.criterion, len(labels))
-    sums = torch.stack([summed, hits.float(), finite.float()])
+    sums = torch.stack([loss.detach().float() * counted, hits.float(), finite.float()])
+    if own_part().world > 1:
+        sums[2] = total(sums)[2] == own_part().world  # what is not finite in one process stops all
     epoch_state.totals += sums
     if not skips_on_device(optimizer):
         check_finite(epoch_state, scaler, optimizer.param_groups[0]["lr"])
@@ -257,20 +271,12 @@ def test(
     """
     check_model(model)
     check_loader("test", test_loader)
-    logits, labels = forward_all(model, get_device(device), test_loader, precision, tta)
+    with together():
+        logits, labels = forward_all(model, get_device(device), test_loader, precision, tta)
     check_answers(logits)
     if criterion is not None:
         check_criterion(criterion, logits)
     return score(logits, labels, criterion)
-
-
-def score(logits: Tensor, labels: Tensor, criterion: Criterion | None = None) -> Stats:
-    """Mean loss and accuracy of logits (N, K) against labels (N,)."""
-    hits = (logits.argmax(1) == labels).sum().item()
-    with torch.no_grad():
-        loss = (F.cross_entropy if criterion is None else criterion)(logits, labels).item()
-    count = len(labels)
-    return Stats(loss / (count // images_in_mean(criterion, count)), hits / count)
 
 
 @any_order
@@ -293,26 +299,37 @@ def predict(
     check_model(model)
     check_loader("prediction", loader)
     pictures = Pictures(loader)
-    logits, labels = forward_all(model, get_device(device), pictures.noted(loader), precision, tta)
+    with together():
+        logits, labels = forward_all(model, get_device(device), loader, precision, tta, pictures)
     check_answers(logits)
-    return Predictions(logits.softmax(1).cpu().numpy(), labels.cpu().numpy(), **pictures.kept())
+    kept = pictures.kept(len(labels))
+    return Predictions(logits.softmax(1).cpu().numpy(), labels.cpu().numpy(), **kept)
 
 
-def forward_all(
-    model: nn.Module, device: torch.device, loader: Iterable[Any], precision: str, tta: bool = False
+def forward_all(  # noqa: PLR0913
+    model: nn.Module,
+    device: torch.device,
+    loader: BatchLoader,
+    precision: str,
+    tta: bool = False,
+    pictures: Pictures | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Logits float32 (N, K) and labels (N,) of a loader, on the device; every module's mode is kept.
 
-    With a loader of `make_loaders` nothing here waits for a GPU but the very first batch.
+    With a loader of `make_loaders` nothing here waits for a GPU but the very first batch. What passes is
+    noted in `pictures`.
     """
     keep_freed_memory(device)
     dtype = pick_precision(precision, device)
     model.to(device).to(memory_format=torch.channels_last)
     logits: list[Tensor] = []
     targets: list[Tensor] = []
-    with evaluation_mode(model), torch.inference_mode(), autocast(device, dtype):
-        for batch in loader:
-            images, labels = to_device(*check_batch(batch), device)
+    counts: list[int] = []
+    batches = loader if pictures is None else pictures.noted(loader)
+    with evaluation_mode(model), torch.inference_mode(), autocast(device, dtype), rows_shared(loader):
+        for number, batch in enumerate(batches):
+            own, count = take_rows(loader, number, *check_batch(batch))
+            images, labels = to_device(*own, device)
             views = six_views(images) if tta else [(1.0, images)]
             try:
                 answers = [
@@ -324,9 +341,10 @@ def forward_all(
             check_labels(batch[1], answers[0].shape[1])
             logits.append(torch.stack(answers).sum(0))
             targets.append(labels)
+            counts.append(count)
     if not logits:
         raise ValueError("the loader has no batch")
-    return torch.cat(logits), torch.cat(targets)
+    return whole_rows(logits, targets, counts)
 
 
 @any_order
@@ -347,6 +365,7 @@ def fit_model(  # noqa: PLR0913
     seed: int = 0,
     compile: bool = False,
     tta: bool = False,
+    sync_norm: bool = True,
     checkpoints: Checkpoints | str | Path | None = None,
 ) -> History:
     """Train for some epochs, evaluate after each, print one table row for each.
@@ -365,6 +384,8 @@ def fit_model(  # noqa: PLR0913
             evaluated and saved in place of the weights, and copied into the model at the end. 0: none.
         compile: the forward and backward pass of training, as in `compiled`.
         tta: evaluate six views of each image after the last epoch, as in `test`; six times the work.
+        sync_norm: where several processes train, normalise over the rows of all of them, as one process
+            would; False is quicker, and another training.
         val_loader: evaluated after each epoch instead of the test set, which then is evaluated once,
             after the last.
         checkpoints: a `Checkpoints`, which can continue a run that was stopped, or just the folder for
@@ -378,11 +399,12 @@ def fit_model(  # noqa: PLR0913
         ValueError: the checkpoint is another run's, or there is one that is not to be continued, or
             another process uses the folder.
         Stopped: SIGINT or SIGTERM came; a checkpoint was written first.
+        LostError: another process of the run is gone; nothing was written after the step before.
         OSError: the last epoch's files could not be written.
     """
     device, epochs = get_device(device), whole_number("epochs", epochs, 1)
     ema_decay = fraction("ema_decay", ema_decay)
-    settings = make_settings(device, precision, label_smoothing, seed, compile, criterion)
+    settings = make_settings(device, precision, label_smoothing, seed, compile, criterion, sync_norm)
     if not isinstance(checkpoints, Checkpoints):
         checkpoints = Checkpoints(checkpoints)
     check_training(model, train_loader, optimizer, scheduler)
@@ -391,13 +413,13 @@ def fit_model(  # noqa: PLR0913
     check_evaluation(model, device, settings.precision, val_loader, test_loader, criterion=criterion)
     ema_model = ema_copy(model) if ema_decay else None
     state = TrainState(model, optimizer, scheduler, make_scaler(device, settings.precision), ema_model)
-    unchanging = {"epochs": epochs, "ema_decay": ema_decay}
-    unchanging |= resumable(settings, length_of(train_loader))
+    unchanging = resumable(settings, epochs, ema_decay, length_of(train_loader), own_part().world)
     check = functools.partial(check_finite, scaler=state.scaler)
     draws = functools.partial(random_state, train_loader)
     with (
-        signals_noted() as signals,
-        checkpoints.start(state.parts, unchanging, device, check, draws),
+        together(),
+        signals_noted(meet if own_part().world > 1 else None) as signals,
+        start(checkpoints, state.parts, unchanging, device, check, draws) as checkpoints,
         training_log(checkpoints.run, checkpoints.history, epochs) as show,
         averaging(optimizer, model, state.evaluated, ema_decay, lambda: checkpoints.steps),
     ):
@@ -405,18 +427,18 @@ def fit_model(  # noqa: PLR0913
             if checkpoints.resume:
                 check_steps_left(scheduler, train_loader, epochs, checkpoints.steps)
             while (epoch_state := checkpoints.epoch_state).epoch <= epochs:
-                start, last = time.perf_counter() - epoch_state.seconds, epoch_state.epoch == epochs
+                began, last = time.perf_counter() - epoch_state.seconds, epoch_state.epoch == epochs
                 train_epoch(state, device, train_loader, checkpoints, settings, signals)
                 due = loaders_due(val_loader, test_loader, last)
-                options = {"precision": precision, "tta": tta and last}
-                stats = evaluate(state.evaluated, device, due, epoch_state, last, criterion, **options)
-                row = make_row(epoch_state, stats, time.perf_counter() - start)
+                stats = evaluate(state, device, due, epoch_state, last, criterion, precision, tta)
+                row = make_row(epoch_state, stats, time.perf_counter() - began)
                 with signals.held():
                     checkpoints.end_epoch(row)
                 show(row, checkpoints.failure is None)
+                signals.raise_noted()
         except Stopped:
             with signals.held():
-                checkpoints.save()
+                save_together(checkpoints)
             raise
     checkpoints.raise_failure()
     return checkpoints.history
@@ -435,7 +457,7 @@ def train_epoch(
     set_random_state(loader, epoch_state.random)
     start_epoch(loader, epoch_state.epoch, epoch_state.steps)
     steps = train_steps(state, device, loader, epoch_state, settings, signals)
-    with statistics_kept_finite(state.model), contextlib.closing(steps):
+    with statistics_kept_finite(state.model), contextlib.closing(steps), rows_shared(loader):
         for _ in steps:
             checkpoints.save_if_due()
 
@@ -449,18 +471,20 @@ def loaders_due(
 
 
 def evaluate(
-    model: nn.Module,
+    state: TrainState,
     device: torch.device,
     loaders: dict[str, BatchLoader],
     epoch_state: EpochState,
     last: bool,
     criterion: Criterion | None,
-    **options: Any,
+    precision: str,
+    tta: bool,
 ) -> dict[str, Stats]:
-    """Loss and accuracy of an epoch's training and of each loader; `options` as in `forward_all`."""
+    """Loss and accuracy of an epoch's training and of each loader; `tta` after the last alone."""
+    check_same_bits(state.evaluated, epoch_state.epoch)
     stats = {"train": epoch_state.stats()}
     for part, loader in loaders.items():
-        logits, labels = forward_all(model, device, loader, **options)
+        logits, labels = forward_all(state.evaluated, device, loader, precision, tta and last)
         stats[part] = score(logits, labels, criterion)
         warn_if_dead(epoch_state, part, score(logits, labels), logits, last)
     return stats

@@ -145,6 +145,11 @@ def make_optimizer(
     return kind(**common, betas=(0.9, 0.999))
 
 
+def orthogonal_each(matrices: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+    """`orthogonal` of each matrix."""
+    return [orthogonal(matrix) for matrix in matrices]
+
+
 class Muon(torch.optim.Optimizer):
     """Muon for the groups marked "orthogonal", SGD with Nesterov momentum for the others.
 
@@ -162,6 +167,10 @@ class Muon(torch.optim.Optimizer):
     """
 
     _step_supports_amp_scaling = True  # a gradient scaler then sets grad_scale and found_inf on it
+    # `training.shared_model` has one in which several processes divide the work; copies have this one.
+    orthogonal_all: Callable[[Sequence[torch.Tensor]], list[torch.Tensor]] = staticmethod(
+        orthogonal_each
+    )
 
     def __init__(
         self,
@@ -198,8 +207,11 @@ class Muon(torch.optim.Optimizer):
             grads = [p.grad for p in params]
             if scale is not None:
                 grads = list(torch._foreach_div(grads, scale))
-            update = muon_update if group["orthogonal"] else sgd_update
-            update(params, grads, self._buffers(params), group, found_inf)
+            common = params, grads, self._buffers(params), group, found_inf
+            if group["orthogonal"]:
+                muon_update(*common, self.orthogonal_all)
+            else:
+                sgd_update(*common)
         return loss
 
     def _buffers(self, params: list[torch.Tensor]) -> list[torch.Tensor]:
@@ -216,6 +228,7 @@ def muon_update(
     buffers: list[torch.Tensor],
     group: dict,
     found_inf: torch.Tensor | None,
+    orthogonal_all: Callable[[Sequence[torch.Tensor]], list[torch.Tensor]],
 ) -> None:
     """Move `params` by their Nesterov momentum made orthogonal, and shrink them by lr x weight_decay.
 
@@ -223,15 +236,16 @@ def muon_update(
         buffers: momentum of each parameter, updated in place.
         group: "lr", "weight_decay" and "momentum" of the parameters.
         found_inf: above 0 where nothing may move; none: everything moves.
+        orthogonal_all: makes each matrix in a list orthogonal.
     """
     moved = list(torch._foreach_mul(buffers, group["momentum"]))
     torch._foreach_add_(moved, grads)
     ahead = torch._foreach_mul(moved, group["momentum"])
     torch._foreach_add_(ahead, grads)
     # In each parameter's own number format and memory layout, which the fused kernel reads.
+    matrices = orthogonal_all([matrix.flatten(1) for matrix in ahead])
     directions = [
-        torch.empty_like(p).copy_(orthogonal(matrix.flatten(1)).view_as(p))
-        for p, matrix in zip(params, ahead, strict=True)
+        torch.empty_like(p).copy_(matrix.view_as(p)) for p, matrix in zip(params, matrices, strict=True)
     ]
     if found_inf is not None:
         skip = found_inf > 0

@@ -97,15 +97,12 @@ class Pictures:
         self.classes = classes_of_loader(loader)
         self.normalization = normalization_of_loader(loader)
         self.copies: list[np.ndarray] | None = []
-        self.count = 0
 
     def noted(self, loader: Iterable[Any]) -> Iterator[Any]:
         """The batches of the loader, unchanged."""
         for batch in loader:
             if self.split is None:
                 self.copy(batch)
-            elif isinstance(batch, tuple | list):
-                self.count += len(batch[0])
             yield batch
 
     def copy(self, batch: Any) -> None:
@@ -122,11 +119,15 @@ class Pictures:
         if not same or sum(x.nbytes for x in self.copies) > MOST_KEPT:
             self.copies = None
 
-    def kept(self) -> dict[str, Any]:
-        """The pictures of `Predictions`, how they were normalised, and the names of the classes."""
+    def kept(self, count: int) -> dict[str, Any]:
+        """The pictures of `Predictions`, how they were normalised, and the names of the classes.
+
+        Args:
+            count: images that passed, in all processes.
+        """
         images = None
         if self.split is not None:
-            index = self.order[self.first : self.first + self.count]
+            index = self.order[self.first : self.first + count]
             whole = (index == np.arange(len(index))).all()
             images = self.split.images[: len(index)] if whole else self.split.images[index]
         elif self.copies:

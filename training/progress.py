@@ -78,6 +78,14 @@ def step_seconds(model: nn.Module, images: Tensor, precision: str) -> float:
     return min(taken)
 
 
+def show_duration(seconds: float) -> str:
+    """A time in the unit that suits it."""
+    for unit, length in (("hours", 3600), ("minutes", 60)):
+        if seconds >= 1.5 * length:
+            return f"{seconds / length:.1f} {unit}"
+    return f"{seconds:.2g} seconds" if seconds < 10 else f"{seconds:.0f} seconds"
+
+
 def make_row(epoch_state: EpochState, stats: dict[str, Stats], seconds: float) -> Epoch:
     """The row of an epoch that took `seconds`, from the stats of each part that was measured.
 

@@ -20,6 +20,7 @@ class TrainSettings:
     seed: int = 0  # of dropout
     compile: bool = False
     criterion: Criterion | None = None  # none: cross-entropy with `label_smoothing`
+    sync_norm: bool = True  # batch norm over the rows of all processes
 
     def loss(self, logits: Tensor, labels: Tensor) -> Tensor:
         """The loss of a batch."""
@@ -35,6 +36,7 @@ def make_settings(  # noqa: PLR0913
     seed: int,
     compile: bool = False,
     criterion: Criterion | None = None,
+    sync_norm: bool = True,
 ) -> TrainSettings:
     """Settings as plain numbers, whatever kind of number they were given as."""
     check_one_loss(criterion, label_smoothing)
@@ -44,12 +46,21 @@ def make_settings(  # noqa: PLR0913
         whole_number("seed", seed, 0),
         bool(compile),
         criterion,
+        bool(sync_norm),
     )
 
 
-def resumable(settings: TrainSettings, steps_per_epoch: int | None) -> dict:
-    """What must be the same when a training is continued, as plain data."""
+def resumable(
+    settings: TrainSettings, epochs: int, ema_decay: float, steps_per_epoch: int | None, processes: int
+) -> dict:
+    """What must be the same when a training is continued, as plain data.
+
+    The number of processes may change, unless each normalises its own rows.
+    """
     plain = asdict(replace(settings, criterion=None))
     if settings.criterion is not None:
         plain["criterion"] = describe_criterion(settings.criterion)
-    return {**plain, "precision": name_of(settings.precision), "steps_per_epoch": steps_per_epoch}
+    if not settings.sync_norm:
+        plain["processes"] = processes
+    plain |= {"precision": name_of(settings.precision), "steps_per_epoch": steps_per_epoch}
+    return {"epochs": epochs, "ema_decay": ema_decay, **plain}
