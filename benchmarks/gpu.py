@@ -3,9 +3,10 @@
 until python -m benchmarks.gpu --minutes 9; do [ $? = 3 ] || break; done
 
 Accuracy of every recipe with one seed, then with more; speed of a step, and how much of the GPU's peak
-that is; synchronisations within an epoch; torch.compile. Every result is written as it comes. The exit
-code is 3 if the time was up before the end: the same command goes on. A failure is written too, and
-passed over; the exit code at the end is then 1.
+that is; synchronisations within an epoch; torch.compile; where there are several GPUs, how the speed
+grows with their number. Every result is written as it comes. The exit code is 3 if the time was up
+before the end: the same command goes on. A failure is written too, and passed over; the exit code at the
+end is then 1.
 """
 
 import argparse
@@ -26,7 +27,7 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader
 
-from benchmarks import common, time_to_accuracy
+from benchmarks import common, distributed, time_to_accuracy
 from benchmarks.peers.job import Clock
 from config import RECIPES, Config
 from data import limit_batches, make_loader, start_epoch
@@ -210,6 +211,29 @@ def measure_compile(bench: Bench, name: str, batch: int) -> None:
     bench.write(name, "images/s", rows, claims, batch=batch, failures=failures)
 
 
+def measure_scaling(bench: Bench, name: str, batch: int) -> None:
+    """Images a second of 1, 2, 4, ... processes; the batch is the same, or grows with their number."""
+    most = 2 if bench.smoke else torch.cuda.device_count()
+    work: dict[str, Any] = {"width": bench.width, "steps": bench.steps, "device": bench.device.type}
+
+    def rate(world: int, size: int) -> float:
+        return distributed.rate_of(world, 1, **work, batch=size)["rate"]
+
+    worlds = [world for world in (1, 2, 4, 8, 16) if world <= most]
+    pairs = dict.fromkeys([(w, batch) for w in worlds] + [(w, batch * w) for w in worlds])
+    calls = {f"{w} processes, batch {size}": functools.partial(rate, w, size) for w, size in pairs}
+    rates = common.measure(calls, bench.args.rounds)
+    rows = [common.make_row(variant, values) for variant, values in rates.items()]
+    one, *others = rates.items()
+    claims = [
+        common.make_claim(
+            f"{variant} / {one[0]} / processes", [x / world for x in common.ratios(values, one[1])]
+        )
+        for (variant, values), (world, _) in zip(others, list(pairs)[1:], strict=True)
+    ]
+    bench.write(name, "images/s", rows, claims, batch=batch)
+
+
 def measurements(bench: Bench) -> Iterator[tuple[str, Callable[[str], None]]]:
     """Name and function of each measurement, in their order."""
     batches = (32, 64) if bench.smoke else (512, 1024)
@@ -218,6 +242,8 @@ def measurements(bench: Bench) -> Iterator[tuple[str, Callable[[str], None]]]:
     yield "synchronisations", functools.partial(measure_synchronisations, bench)
     for batch in batches:
         yield f"compile-{batch}", functools.partial(measure_compile, bench, batch=batch)
+    if bench.smoke or torch.cuda.device_count() > 1:
+        yield f"scaling-{batches[0]}", functools.partial(measure_scaling, bench, batch=batches[0])
 
 
 def attempt(name: str, folder: Path, call: Callable[[], bool]) -> bool:

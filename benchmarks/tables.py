@@ -4,7 +4,8 @@ python -m benchmarks.tables
 
 `<!-- bench:NAME -->` and `<!-- end -->` enclose what benchmarks/results/NAME.json holds; between
 `<!-- bench:accuracy -->` and its end are all files of benchmarks/results/accuracy, between
-`<!-- bench:battery -->` and its end what `make battery` wrote.
+`<!-- bench:battery -->` and its end what `make battery` wrote, but for the faults over several
+processes, which are between `<!-- bench:processes -->` and its end.
 """
 
 import re
@@ -14,7 +15,10 @@ from benchmarks import common, time_to_accuracy
 from files import write_whole
 from utils import markdown_table
 
-PAGES = tuple(common.ROOT / name for name in ("README.md", "docs/benchmarks.md", "docs/reliability.md"))
+PAGES = tuple(
+    common.ROOT / name
+    for name in ("README.md", "docs/benchmarks.md", "docs/reliability.md", "docs/distributed.md")
+)
 BATTERY = common.ROOT / "tests" / "battery" / "results.json"
 MARKERS = re.compile(r"(<!-- bench:(\S+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
@@ -32,6 +36,8 @@ def table_of(name: str, folder: Path) -> str:
         return time_to_accuracy.render(records) if records else "Not measured yet."
     if name == "battery":
         return render_battery(common.read_json(BATTERY)) if BATTERY.exists() else "`make battery`."
+    if name == "processes":
+        return render_processes(common.read_json(BATTERY)) if BATTERY.exists() else "`make battery`."
     path = folder / f"{name}.json"
     if not path.exists():
         return f"Not measured yet: `python -m benchmarks.{name}`."
@@ -45,12 +51,27 @@ def render_battery(results: dict) -> str:
     """What `make battery` wrote, as Markdown."""
     rows = []
     for row in results["rows"]:
+        if row["stage"] == "processes":
+            continue
         fault = row["fault"] + f" ({row['note']})" * bool(row["note"])
         rows.append([fault, f"{row['tried']:,}", f"{row['landed']:,}", row["losses"], row["control"]])
     heads = ["fault", "tried", "landed", "losses", "the same without the guard"]
     versions = ", ".join(results["versions"].split(", ")[:2])
     facts = f"{results['machine']}; {versions}; {results['minutes']:.0f} minutes; `make battery`"
     return f"{markdown_table(heads, rows, left=(0, 4))}\n\n{facts}"
+
+
+def render_processes(results: dict) -> str:
+    """What `make battery` wrote of faults over several processes."""
+    rows = [
+        [row["fault"], row["tried"], row["landed"], row["losses"], row["note"], row["control"]]
+        for row in results["rows"]
+        if row["stage"] == "processes"
+    ]
+    if not rows:
+        return "Not tried yet: `python -m tests.battery processes`."
+    heads = ["fault", "tried", "landed", "losses", "all were gone after", "what was said"]
+    return markdown_table(heads, rows, left=(0, 4, 5)) + "\n\n`python -m tests.battery processes`"
 
 
 def fill(text: str, folder: Path = common.RESULTS) -> str:

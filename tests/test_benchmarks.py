@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import common, gpu, host, overhead, start, step, tables, time_to_accuracy
+from benchmarks import common, distributed, gpu, host, overhead, start, step, tables, time_to_accuracy
 from benchmarks import input as input_benchmark
 from benchmarks.peers import __main__ as peers
 from benchmarks.peers import one
@@ -89,6 +89,30 @@ def test_overhead_compares_fit_model_with_a_bare_loop_at_two_widths(tmp_path):
         [f"width {width}, {part}" for width in (4, 2) for part in parts],
         [f"width {width}: {ratio}" for width in (4, 2) for ratio in ratios],
     )
+
+
+@pytest.mark.slow
+def test_two_processes_are_compared_with_two_threads(tmp_path, monkeypatch):
+    measured = distributed.rate_of(2, 1, width=4, batch=32, steps=2, device="cpu")
+    assert measured["rate"] > 0 and measured["agreeing"] > 0 and measured["sum of gradients"] > 0
+    monkeypatch.setattr(distributed, "rate_of", lambda world, threads, **work: measured)
+    variants = (
+        "one process, two threads",
+        "two processes, one thread each",
+        "the same, norms not synced",
+    )
+    ratios = ("two processes / one of two threads", "norms not synced / synced")
+    ratios += ("agreeing / step", "sum of gradients / step")
+    check(
+        result_of(distributed, tmp_path),
+        [f"width {width}, {variant}" for width in (4, 2) for variant in variants],
+        [f"width {width}: {ratio}" for width in (4, 2) for ratio in ratios],
+    )
+
+
+def test_processes_that_fail_say_why(monkeypatch):
+    with pytest.raises(RuntimeError, match="there is no device 'tpu' here"):
+        distributed.rate_of(1, 1, width=4, batch=32, steps=2, device="tpu")
 
 
 @pytest.mark.slow
@@ -284,13 +308,20 @@ def test_a_run_that_does_not_stop_when_told_to_is_made_to(monkeypatch):
 
 
 @pytest.mark.slow
-def test_the_programme_for_a_gpu_does_everything_once_and_names_what_failed(fake_main, tmp_path, capsys):
+def test_the_programme_for_a_gpu_does_everything_once_and_names_what_failed(
+    fake_main, tmp_path, capsys, monkeypatch
+):
+    monkeypatch.setattr(distributed, "rate_of", lambda world, threads, **work: {"rate": 90.0 * world})
     command = ["--smoke", "--device", "cpu", "--rounds", "1", "--seeds", "2", "--output", str(tmp_path)]
     assert gpu.main(command) == 1
     known = [recipe for recipe in gpu.RECIPE_ORDER if recipe in gpu.RECIPES]
     assert seeds_of(fake_main[0]) == ["0"] * len(known) + ["1"] * len(known)
-    names = ["compile-32", "compile-64", "speed-32", "speed-64"]
+    names = ["compile-32", "compile-64", "scaling-32", "speed-32", "speed-64"]
     assert sorted(path.stem for path in tmp_path.glob("gpu/*/*.json")) == names
+    (path,) = tmp_path.glob("gpu/*/scaling-32.json")
+    claims = {claim["claim"]: claim["median"] for claim in json.loads(path.read_text())["claims"]}
+    one = "1 processes, batch 32 / processes"
+    assert claims == {f"2 processes, batch {size} / {one}": 1.0 for size in (32, 64)}
     assert [path.stem for path in tmp_path.glob("gpu/*/*.failed")] == ["synchronisations"]
     fake_main[0].clear()
     capsys.readouterr()
