@@ -43,6 +43,7 @@ from sources import cifar10
 from sources.split import Split
 from tests import test_checkpoint as small
 from tests import test_data as stand_in
+from tests.battery import processes
 
 ROOT = Path(__file__).parents[2]
 CPU = torch.device("cpu")
@@ -672,6 +673,31 @@ def ignored_label() -> tuple[float, bool]:
     return loss, False
 
 
+def over_processes() -> list[Row]:
+    """Every fault over several processes, and what goes wrong without the guards."""
+    expected, rows = processes.whole(), []
+    for fault, call in processes.FAULTS.items():
+        outcomes = [call(expected, seed) for seed in range(processes.TRIES)]
+        times = [outcome.seconds for outcome in outcomes]
+        note = f"{min(times):.1f} to {max(times):.1f} s" if "no fault" not in fault else ""
+        said = "; ".join(sorted({outcome.said for outcome in outcomes} - {""}))
+        landed, losses = (sum(outcome[k] for outcome in outcomes) for k in (0, 1))
+        rows.append(Row(fault, len(outcomes), landed, losses, said, True, note))
+    harms = processes.controls()
+    rows.append(
+        Row(
+            "no guard",
+            len(harms),
+            len(harms),
+            0,
+            "; ".join(harms),
+            all(harms.values()),
+            "(must do harm)",
+        )
+    )
+    return rows
+
+
 STAGES = {
     "stops": stops,
     "kills": lambda: kills(100),
@@ -682,6 +708,7 @@ STAGES = {
     "injections": injections,
     "races": lambda: races(50),
     "input": bad_input,
+    "processes": over_processes,
 }
 
 
