@@ -68,25 +68,31 @@ def answered(seconds: float, call: Callable[..., Answer], place: str | Path) -> 
     """
     answer: Future[Answer] = Future()
 
-    def work() -> None:
+    def work(answer: Future[Answer]) -> None:
         with contextlib.suppress(InvalidStateError):  # nobody waits any longer
             try:
                 result = call(place)
             except BaseException as error:
                 answer.set_exception(error)
+                del answer  # see below
                 return
             if answer.cancelled() and hasattr(result, "close"):
                 result.close()
             answer.set_result(result)
 
-    threading.Thread(target=work, daemon=True).start()
+    threading.Thread(target=work, args=(answer,), daemon=True).start()
     try:
         wait([answer], seconds)
     finally:
         late = answer.cancel()
     if late:
         raise TimeoutError(errno.ETIMEDOUT, f"no answer within {seconds:g} s", str(place))
-    return answer.result()
+    try:
+        return answer.result()
+    finally:
+        # An error knows this frame. If the frame knew the answer, which knows the error, these and the
+        # connection in the error would wait for the garbage collector.
+        del answer
 
 
 class Mirror:

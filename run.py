@@ -303,7 +303,9 @@ def print_estimate(config: Config, device: torch.device, loaders: Loaders, model
     long = seconds * steps > 1800 and config.model == "custom_resnet"
     hint = "; --recipe quick takes minutes" * long
     if seconds * steps >= 10:
-        print(f"about {show_duration(seconds * steps)}, by three steps on this machine{hint}", flush=True)
+        print(
+            f"about {show_duration(seconds * steps)}, by three steps on this machine{hint}", flush=True
+        )
 
 
 @contextlib.contextmanager

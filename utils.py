@@ -264,7 +264,8 @@ def get_device(name: str | torch.device = "auto") -> torch.device:
         return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
     try:
         device = torch.device(name)
-        torch.empty(1, device=device).item()  # "meta" has none
+        if torch.empty(1, device=device).is_meta:
+            raise RuntimeError("its tensors hold no numbers")
     except (RuntimeError, AssertionError, TypeError):
         raise ValueError(f"there is no device {str(name)!r} here; choose cpu or auto") from None
     return device

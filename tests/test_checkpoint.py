@@ -3,6 +3,7 @@ import copy
 import ctypes
 import errno
 import fcntl
+import gc
 import hashlib
 import io
 import itertools
@@ -18,6 +19,7 @@ import subprocess
 import sys
 import threading
 import time
+import weakref
 import zipfile
 from pathlib import Path
 
@@ -396,6 +398,24 @@ def test_a_signal_ends_the_wait_for_a_drive_that_hangs(tmp_path):
         alarm.start()
         files.answered(3, lambda path: time.sleep(3), tmp_path)
     assert time.monotonic() - before < 2
+
+
+def test_what_an_error_holds_is_freed_with_it(tmp_path):
+    class Connection(OSError):
+        pass
+
+    def fail(path):
+        raise Connection("gone")
+
+    gc.disable()
+    try:
+        try:
+            files.answered(3, fail, tmp_path)
+        except Connection as error:
+            held = weakref.ref(error)
+        assert held() is None
+    finally:
+        gc.enable()
 
 
 def test_a_slow_mirror_has_the_newest_checkpoint_at_last(tmp_path, monkeypatch):

@@ -486,7 +486,8 @@ def evaluate(
     for part, loader in loaders.items():
         logits, labels = forward_all(state.evaluated, device, loader, precision, tta and last)
         stats[part] = score(logits, labels, criterion)
-        warn_if_dead(epoch_state, part, score(logits, labels), logits, last)
+        plain = stats[part] if criterion is None else score(logits, labels)
+        warn_if_dead(epoch_state, part, plain, logits, last)
     return stats
 
 

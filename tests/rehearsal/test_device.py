@@ -31,7 +31,8 @@ STEPS = 3  # an epoch
 EPOCH_END = ["tolist in guards.py, check_finite", "tolist in utils.py, stats"]
 # In half precision: dropout is one kernel on an accelerator, and rounds once less than the CPU's.
 NO_DROPOUT = {"name": "custom_resnet", "width": 4}
-EVALUATION = ["item in loops.py, score"] * 2
+EVALUATION = ["item in criterion.py, score"] * 2
+ANSWERS = "item in guards.py, check_answers"
 
 
 @pytest.fixture(autouse=True)
@@ -325,14 +326,14 @@ def test_an_optimizer_that_is_not_fused_waits_once_a_step():
     assert counts.waits == EPOCH_END[:1] * STEPS + EPOCH_END
 
 
-def test_testing_waits_for_its_two_numbers_and_predicting_for_its_two_arrays():
+def test_testing_waits_for_two_numbers_and_predicting_for_two_arrays_and_both_for_what_is_no_number():
     trained = Trained(device.NAME)
     answers = ["to the host in loops.py, predict"] * 2
     for call, waits in ((main.test, EVALUATION), (main.predict, answers)):
         call(trained.model, trained.where, trained.loaders.test)
         with counted() as counts:
             call(trained.model, trained.where, trained.loaders.test, tta=True)
-        assert counts.waits == waits
+        assert counts.waits == [ANSWERS, *waits]
 
 
 def test_an_epoch_of_fit_model_waits_five_times():
