@@ -401,17 +401,17 @@ def test_a_signal_ends_the_wait_for_a_drive_that_hangs(tmp_path):
 
 
 def test_what_an_error_holds_is_freed_with_it(tmp_path):
-    class Connection(OSError):
+    class GoneError(OSError):
         pass
 
     def fail(path):
-        raise Connection("gone")
+        raise GoneError("gone")
 
     gc.disable()
     try:
         try:
             files.answered(3, fail, tmp_path)
-        except Connection as error:
+        except GoneError as error:
             held = weakref.ref(error)
         assert held() is None
     finally:
