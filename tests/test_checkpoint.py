@@ -346,7 +346,7 @@ def hanging(tmp_path, monkeypatch):
     def after_a_while(method):
         def asked(path, *arguments):
             if drive in (path, path.parent):
-                time.sleep(3)
+                time.sleep(20)
             return method(path, *arguments)
 
         return asked
@@ -374,7 +374,7 @@ def test_a_drive_that_hangs_and_may_hold_the_run_is_not_taken_for_an_empty_one(
         run(sample, tmp_path / "run", mirror=hanging, resume=True)
     with pytest.raises(TimeoutError, match="no answer"):
         run(sample, tmp_path / "other", mirror=hanging)
-    assert time.monotonic() - before < 3
+    assert time.monotonic() - before < 15
 
 
 def test_a_checkpoint_whose_drive_hangs_is_passed_over_for_the_one_before(tmp_path, monkeypatch):
