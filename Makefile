@@ -37,7 +37,7 @@ battery: .venv/dev
 	$(BIN)/python -m tests.battery
 
 bench: .venv/run
-	for name in input step overhead start distributed peers tables; do $(BIN)/python -m benchmarks.$$name || exit 1; done
+	for name in input step overhead host start distributed peers tables; do $(BIN)/python -m benchmarks.$$name || exit 1; done
 
 # pip-audit alone says "no known vulnerabilities" when it could look nothing up: hence --strict.
 audit: .venv/dev

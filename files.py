@@ -1,10 +1,12 @@
 """Writes a file whole or not at all, copies files to a second folder, and locks a run's folder."""
 
 import contextlib
+import csv
 import errno
+import io
 import os
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, InvalidStateError, wait
 from pathlib import Path
 from typing import TextIO, TypeVar
@@ -43,6 +45,14 @@ def write_whole(path: str | Path, content: bytes | str) -> None:
             error.filename = str(path)  # the error of a failed write does not name the file
         raise
     sync_folder(path.parent)
+
+
+def write_csv(path: str | Path, heads: Iterable[str], rows: Iterable[Iterable[object]]) -> None:
+    """Write a table as a CSV file, whole."""
+    table = io.StringIO()
+    writer = csv.writer(table, lineterminator="\n")
+    writer.writerows([heads, *rows])
+    write_whole(path, table.getvalue())
 
 
 def read_bytes(path: str | Path) -> bytes:

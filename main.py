@@ -12,7 +12,6 @@ python main.py export RUN                  an ONNX file (or --format torch) that
 
 import argparse
 import contextlib
-import csv
 import io
 import shutil
 import sys
@@ -30,7 +29,7 @@ import numpy as np
 from checkpoint import check_same_images
 from config import CHOICES, STORAGE_FIELDS, Config, described, make_parser, parse_config
 from data import make_loaders
-from files import bad_input_refused, reason, write_whole
+from files import bad_input_refused, reason, write_csv
 from models import MODELS
 from run import (
     check_own_weights,
@@ -183,14 +182,11 @@ def write_probabilities(
     path: str, files: list[str], probabilities: np.ndarray, classes: Sequence[str]
 ) -> None:
     """A CSV file with a line for each image: file, class, its probability, and that of every class."""
-    table = io.StringIO()
-    writer = csv.writer(table, lineterminator="\n")
-    writer.writerow(["file", "predicted", "probability", *map(plain, classes)])
+    rows = []
     for file, row in zip(files, probabilities, strict=True):
         best = int(row.argmax())
-        numbers = [f"{x:.6f}" for x in (row[best], *row)]
-        writer.writerow([plain(file), plain(classes[best]), *numbers])
-    write_whole(path, table.getvalue())
+        rows.append([plain(file), plain(classes[best]), *(f"{x:.6f}" for x in (row[best], *row))])
+    write_csv(path, ["file", "predicted", "probability", *map(plain, classes)], rows)
 
 
 def read_each(paths: list[str], size: int, fit: str) -> tuple[dict[str, np.ndarray], list[str]]:

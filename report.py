@@ -1,9 +1,7 @@
 """Writes the report of a finished run: text, figures and a table of mistakes; and compares runs."""
 
 import base64
-import csv
 import html
-import io
 import json
 import re
 from collections.abc import Sequence
@@ -14,7 +12,7 @@ from torch import nn
 
 from checkpoint import read_files
 from data import Loaders, dataset_of
-from files import write_whole
+from files import write_csv, write_whole
 from reporting.findings import calibration_section, classes_section, mistakes_section
 from reporting.lettering import font_note
 from reporting.screen import off_screen
@@ -128,16 +126,10 @@ def write_answers(
     folder: Path, predictions: Predictions, classes: Sequence[str], files: Sequence[str] | None
 ) -> None:
     """predictions.csv, a row for each test image, and mistakes.csv, the most confident mistake first."""
-    every = range(len(predictions.labels))
-    for name, heads, indices in (
-        ("predictions.csv", ("image", "label"), every),
-        ("mistakes.csv", ("index", "true"), predictions.misclassified()),
-    ):
-        table = io.StringIO()
-        writer = csv.writer(table, lineterminator="\n")
-        writer.writerow([heads[0], *(["file"] if files else []), heads[1], "predicted", "probability"])
-        writer.writerows(answer(k, predictions, classes, files) for k in indices)
-        write_whole(folder / name, table.getvalue())
+    save_predictions(predictions, folder / "predictions.csv", classes, files)
+    heads = ["index", *(["file"] if files else []), "true", "predicted", "probability"]
+    mistakes = (answer(k, predictions, classes, files) for k in predictions.misclassified())
+    write_csv(folder / "mistakes.csv", heads, mistakes)
 
 
 def answer(
@@ -162,11 +154,9 @@ def save_predictions(
         files: where each image came from.
     """
     names = classes or predictions.classes or [str(k) for k in range(predictions.probabilities.shape[1])]
-    table = io.StringIO()
-    writer = csv.writer(table, lineterminator="\n")
-    writer.writerow(["image", *(["file"] if files else []), "label", "predicted", "probability"])
-    writer.writerows(answer(k, predictions, names, files) for k in range(len(predictions.labels)))
-    write_whole(path, table.getvalue())
+    heads = ["image", *(["file"] if files else []), "label", "predicted", "probability"]
+    every = range(len(predictions.labels))
+    write_csv(path, heads, (answer(k, predictions, names, files) for k in every))
 
 
 def to_html(text: str, folder: Path) -> str:

@@ -1,10 +1,8 @@
 """What every run needs and no one owns: device, seeds, history, the rate finder and the schedule."""
 
 import contextlib
-import csv
 import ctypes
 import difflib
-import io
 import itertools
 import json
 import os
@@ -24,7 +22,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from files import read_bytes, write_whole
+from files import read_bytes, write_csv, write_whole
 
 __all__ = [
     "Calibration",
@@ -194,11 +192,8 @@ class History:
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         write_whole(folder / "history.json", json.dumps(asdict(self), indent=1))
-        table = io.StringIO()
-        writer = csv.DictWriter(table, [item.name for item in fields(Epoch)], lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(map(asdict, self.epochs))
-        write_whole(folder / "history.csv", table.getvalue())
+        rows = [asdict(row).values() for row in self.epochs]
+        write_csv(folder / "history.csv", [item.name for item in fields(Epoch)], rows)
 
     @property
     def steps_per_epoch(self) -> int:
